@@ -1,0 +1,33 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastweights::core {
+
+/// Element types that the kernels read and write. Arithmetic is never below fp32.
+enum class DType : std::uint8_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
+
+/// Bytes of one element.
+constexpr std::size_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return 8;
+    case DType::kFloat32: return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16: return 2;
+  }
+  return 0;
+}
+
+/// The name that PyTorch uses, for messages.
+constexpr const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return "float64";
+    case DType::kFloat32: return "float32";
+    case DType::kFloat16: return "float16";
+    case DType::kBFloat16: return "bfloat16";
+  }
+  return "unknown";
+}
+
+}  // namespace fastweights::core

@@ -1,0 +1,42 @@
+#pragma once
+
+#include "fastweights/core/check_params.hpp"
+#include "fastweights/core/chunkwise-inl.hpp"
+#include "fastweights/core/chunkwise_backward-inl.hpp"
+#include "fastweights/core/executor.hpp"
+#include "fastweights/core/params.hpp"
+#include "fastweights/core/recurrent-inl.hpp"
+
+// The gated delta rule on raw memory, compiled for the instruction set that the including unit is
+// compiled for. `fastweights/core/cpu.hpp` has the same calls compiled for several, chosen at run time.
+
+namespace fastweights::core {
+
+/// S ← exp(g) S, then the delta write S ← S + β k (v − Sᵀk)ᵀ; o = scale · Sᵀq (Yang et al. 2025,
+/// "Gated Delta Networks", eq. 10). Reads everything in `params`, writes o and, if not null,
+/// final_state. Throws ShapeError. Real is float or double.
+template <class Real>
+void gated_delta_rule(const DeltaRuleParams<Real>& params,
+                      const Executor& executor = serial_executor()) {
+  check_gated_params(params);
+  HWY_NAMESPACE::forward(params, executor);
+}
+
+/// The same token by token, with final_state, which must not be null, as the working state.
+template <class Real>
+void gated_delta_rule_recurrent(const DeltaRuleParams<Real>& params,
+                                const Executor& executor = serial_executor()) {
+  check_gated_params(params);
+  HWY_NAMESPACE::recurrent(params, executor);
+}
+
+/// Gradients of `gated_delta_rule`. Throws ShapeError.
+template <class Real>
+void gated_delta_rule_backward(const DeltaRuleParams<Real>& params,
+                               const DeltaRuleGradients<Real>& gradients,
+                               const Executor& executor = serial_executor()) {
+  check_gated_params(params);
+  HWY_NAMESPACE::backward(params, gradients, executor);
+}
+
+}  // namespace fastweights::core

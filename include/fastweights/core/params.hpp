@@ -1,0 +1,79 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "fastweights/core/view.hpp"
+
+namespace fastweights::core {
+
+/// Sizes of one call: B batch rows, T tokens, H key heads, HV value heads (a multiple of H; value
+/// head j reads key head j / (HV / H)), K and V the sizes of a key and of a value.
+struct Shape {
+  std::int64_t B = 0;
+  std::int64_t T = 0;
+  std::int64_t H = 0;
+  std::int64_t HV = 0;
+  std::int64_t K = 0;
+  std::int64_t V = 0;
+};
+
+/// The tokens of one sequence: row `batch`, tokens `begin … begin + length - 1`.
+struct Sequence {
+  std::int64_t batch = 0;
+  std::int64_t begin = 0;
+  std::int64_t length = 0;
+};
+
+/// The largest K and V that the kernels take.
+inline constexpr std::int64_t kMaxHeadSize = 256;
+
+/// Inputs and outputs of the (gated) delta rule; `Real`, float or double, is the type of the
+/// arithmetic and of the state. double goes with fp64 inputs, float with all others.
+template <class Real>
+struct DeltaRuleParams {
+  Shape shape;
+  std::span<const std::int64_t> cu_seqlens;  // [N + 1], empty when the input is not packed
+  double scale = 1.0;                        // of the output, usually 1 / sqrt(K)
+  bool use_qk_l2norm = false;                // q and k become x · rsqrt(Σx² + 1e-6)
+
+  ConstView q;     // [B, T, H, K]
+  ConstView k;     // [B, T, H, K]
+  ConstView v;     // [B, T, HV, V]
+  ConstView beta;  // [B, T, HV]
+  ConstView g;     // [B, T, HV] log-decay ≤ 0; null for the rule without a gate
+
+  const Real* initial_state = nullptr;  // [N, HV, K, V], null for zeros
+  Real* final_state = nullptr;          // [N, HV, K, V], null if not wanted; may equal initial_state
+  View o;                               // [B, T, HV, V]
+
+  /// N: the number of sequences, and so of states.
+  std::int64_t sequences() const {
+    return cu_seqlens.empty() ? shape.B : static_cast<std::int64_t>(cu_seqlens.size()) - 1;
+  }
+  Sequence sequence(std::int64_t n) const {
+    if (cu_seqlens.empty()) return {n, 0, shape.T};
+    const auto i = static_cast<std::size_t>(n);
+    return {0, cu_seqlens[i], cu_seqlens[i + 1] - cu_seqlens[i]};
+  }
+  std::int64_t value_heads_per_key_head() const { return shape.HV / shape.H; }
+  std::int64_t state_offset(std::int64_t n, std::int64_t value_head) const {
+    return (n * shape.HV + value_head) * shape.K * shape.V;
+  }
+};
+
+/// Gradients of a loss with respect to everything that the forward call read. The views of the
+/// inputs lie in the forward call's `DeltaRuleParams`, whose `o` and `final_state` are not read.
+template <class Real>
+struct DeltaRuleGradients {
+  ConstView d_o;                          // [B, T, HV, V], null for zeros
+  const Real* d_final_state = nullptr;    // [N, HV, K, V], null for zeros
+  View d_q;                               // [B, T, H, K]
+  View d_k;                               // [B, T, H, K]
+  View d_v;                               // [B, T, HV, V]
+  View d_beta;                            // [B, T, HV]
+  View d_g;                               // [B, T, HV], null when there is no gate
+  Real* d_initial_state = nullptr;        // [N, HV, K, V], null if not wanted
+};
+
+}  // namespace fastweights::core

@@ -1,0 +1,162 @@
+// Rows in any element type, read into and written from the type of the arithmetic.
+// Per-target include guard: this file is compiled once per instruction set.
+#if defined(FASTWEIGHTS_CORE_ROWS_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FASTWEIGHTS_CORE_ROWS_INL_HPP_
+#undef FASTWEIGHTS_CORE_ROWS_INL_HPP_
+#else
+#define FASTWEIGHTS_CORE_ROWS_INL_HPP_
+#endif
+
+#include <hwy/highway.h>
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "fastweights/core/view.hpp"
+
+HWY_BEFORE_NAMESPACE();
+namespace fastweights::core::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+inline float widen(std::uint16_t bits, DType dtype) {
+  return dtype == DType::kBFloat16
+             ? std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16)
+             : Eigen::half_impl::half_to_float(Eigen::half_impl::raw_uint16_to_half(bits));
+}
+
+/// Round to nearest, ties to even; NaN stays NaN.
+inline std::uint16_t narrow_to_bfloat16(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  if (value != value) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline std::uint16_t narrow_to_float16(float value) {
+  return Eigen::half_impl::float_to_half_rtne(value).x;
+}
+
+/// Copies `size` elements of type `dtype` to `out`.
+template <class Real>
+void load_row(const void* row, DType dtype, std::int64_t size, Real* HWY_RESTRICT out) {
+  switch (dtype) {
+    case DType::kFloat64: {
+      const auto* in = static_cast<const double*>(row);
+      for (std::int64_t i = 0; i < size; ++i) out[i] = static_cast<Real>(in[i]);
+      return;
+    }
+    case DType::kFloat32: {
+      const auto* in = static_cast<const float*>(row);
+      for (std::int64_t i = 0; i < size; ++i) out[i] = static_cast<Real>(in[i]);
+      return;
+    }
+    case DType::kBFloat16: {
+      const auto* in = static_cast<const std::uint16_t*>(row);
+      for (std::int64_t i = 0; i < size; ++i) {
+        out[i] = std::bit_cast<float>(static_cast<std::uint32_t>(in[i]) << 16);
+      }
+      return;
+    }
+    case DType::kFloat16: {
+      const auto* in = static_cast<const std::uint16_t*>(row);
+      std::int64_t i = 0;
+      if constexpr (std::is_same_v<Real, float>) {
+        const hn::ScalableTag<float> d;
+        const hn::Rebind<hwy::float16_t, decltype(d)> d16;
+        const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
+        for (; i + lanes <= size; i += lanes) {
+          const auto* half = reinterpret_cast<const hwy::float16_t*>(in + i);
+          hn::StoreU(hn::PromoteTo(d, hn::LoadU(d16, half)), d, out + i);
+        }
+      }
+      for (; i < size; ++i) out[i] = widen(in[i], dtype);
+      return;
+    }
+  }
+}
+
+/// Writes `size` elements as type `dtype`, rounded to nearest even.
+template <class Real>
+void store_row(const Real* HWY_RESTRICT in, std::int64_t size, void* row, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: {
+      auto* out = static_cast<double*>(row);
+      for (std::int64_t i = 0; i < size; ++i) out[i] = static_cast<double>(in[i]);
+      return;
+    }
+    case DType::kFloat32: {
+      auto* out = static_cast<float*>(row);
+      for (std::int64_t i = 0; i < size; ++i) out[i] = static_cast<float>(in[i]);
+      return;
+    }
+    case DType::kBFloat16: {
+      auto* out = static_cast<std::uint16_t*>(row);
+      for (std::int64_t i = 0; i < size; ++i) {
+        out[i] = narrow_to_bfloat16(static_cast<float>(in[i]));
+      }
+      return;
+    }
+    case DType::kFloat16: {
+      auto* out = static_cast<std::uint16_t*>(row);
+      for (std::int64_t i = 0; i < size; ++i) {
+        out[i] = narrow_to_float16(static_cast<float>(in[i]));
+      }
+      return;
+    }
+  }
+}
+
+template <class Real>
+Real load_scalar(const void* element, DType dtype) {
+  Real value{};
+  load_row<Real>(element, dtype, 1, &value);
+  return value;
+}
+
+template <class Real>
+Real dot(const Real* HWY_RESTRICT a, const Real* HWY_RESTRICT b, std::int64_t size) {
+  const hn::ScalableTag<Real> d;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  auto sum = hn::Zero(d);
+  std::int64_t i = 0;
+  for (; i + lanes <= size; i += lanes) {
+    sum = hn::MulAdd(hn::LoadU(d, a + i), hn::LoadU(d, b + i), sum);
+  }
+  Real total = hn::GetLane(hn::SumOfLanes(d, sum));
+  for (; i < size; ++i) total += a[i] * b[i];
+  return total;
+}
+
+/// out ← factor · in (in may be out).
+template <class Real>
+void scale_row(const Real* in, Real factor, std::int64_t size, Real* out) {
+  for (std::int64_t i = 0; i < size; ++i) out[i] = factor * in[i];
+}
+
+/// out ← out + factor · in.
+template <class Real>
+void add_scaled_row(const Real* HWY_RESTRICT in, Real factor, std::int64_t size,
+                    Real* HWY_RESTRICT out) {
+  const hn::ScalableTag<Real> d;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  const auto f = hn::Set(d, factor);
+  std::int64_t i = 0;
+  for (; i + lanes <= size; i += lanes) {
+    hn::StoreU(hn::MulAdd(f, hn::LoadU(d, in + i), hn::LoadU(d, out + i)), d, out + i);
+  }
+  for (; i < size; ++i) out[i] += factor * in[i];
+}
+
+/// 1 / ‖row‖ as `use_qk_l2norm` has it: rsqrt(Σx² + 1e-6).
+template <class Real>
+Real inverse_norm(const Real* row, std::int64_t size) {
+  return Real{1} / std::sqrt(dot(row, row, size) + static_cast<Real>(1e-6));
+}
+
+}  // namespace fastweights::core::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target guard
