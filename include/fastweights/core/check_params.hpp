@@ -62,7 +62,8 @@ void check_params(const char* rule, const DeltaRuleParams<Real>& params) {
 template <class Real>
 void check_gated_params(const DeltaRuleParams<Real>& params) {
   check_params("gated_delta_rule", params);
-  if (!params.g) detail::refuse("gated_delta_rule", "g is missing");
+  const bool empty = params.shape.B == 0 || params.shape.T == 0;  // nothing has no address
+  if (!params.g && !empty) detail::refuse("gated_delta_rule", "g is missing");
 }
 
 }  // namespace fastweights::core
