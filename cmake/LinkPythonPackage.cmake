@@ -1,0 +1,16 @@
+# cmake -D FROM=<package sources> -D TO=<package in the build tree> -P: links every module and folder of
+# the sources into the build tree and drops links whose source is gone. Quick, and so run at each build.
+file(MAKE_DIRECTORY "${TO}")
+file(GLOB old RELATIVE "${TO}" "${TO}/*")
+foreach(name IN LISTS old)
+  if(IS_SYMLINK "${TO}/${name}" AND NOT EXISTS "${FROM}/${name}")
+    file(REMOVE "${TO}/${name}")
+  endif()
+endforeach()
+file(GLOB new RELATIVE "${FROM}" "${FROM}/*")
+list(FILTER new EXCLUDE REGEX "^__pycache__$|\\.in$")
+foreach(name IN LISTS new)
+  if(NOT EXISTS "${TO}/${name}")
+    file(CREATE_LINK "${FROM}/${name}" "${TO}/${name}" SYMBOLIC)
+  endif()
+endforeach()

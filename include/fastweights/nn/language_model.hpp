@@ -1,0 +1,76 @@
+#pragma once
+
+#include <vector>
+
+#include <torch/nn/cloneable.h>
+#include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/nn/pimpl.h>
+
+#include "fastweights/nn/config.hpp"
+#include "fastweights/nn/layers.hpp"
+#include "fastweights/nn/state.hpp"
+
+namespace fastweights::nn {
+
+struct ForwardOptions {
+  bool in_place = false;          ///< inference only: the state given is overwritten where it can be
+  bool logits = true;             ///< false: only the state is wanted
+  bool last_logits_only = false;  ///< logits [B, 1, vocabulary] of the last token ([B, 0, ...] if T = 0)
+};
+
+struct LanguageModelOutput {
+  at::Tensor logits;  ///< [B, T, vocabulary], at least fp32; undefined if not wanted
+  LanguageModelState state;
+};
+
+/// A language model whose blocks join windowed attention and fast-weight memories. It carries all it
+/// keeps of what it read in an explicit state of fixed size: any number of callers may share one model.
+///
+/// Weights start as in GPT-2 (Radford et al. 2019): normal(0, initializer_range), and layers that write
+/// into the residual stream divided by √(2 · layers); norms at one; the convolution uniform in
+/// ±1/√W (PyTorch's Conv1d); gates as FastWeightMemory says.
+class LanguageModelImpl : public torch::nn::Cloneable<LanguageModelImpl> {
+ public:
+  /// @throws Error if the configuration is not valid
+  explicit LanguageModelImpl(LanguageModelConfig config = {});
+  void reset() override;
+
+  const LanguageModelConfig& config() const { return config_; }
+
+  /// The state before the first token, in the weights' type (the fast weights in fp32) and on their
+  /// device.
+  LanguageModelState initial_state(int64_t batch) const;
+
+  /// Reads T ≥ 0 tokens of each row.
+  /// A sequence may come in pieces of any lengths: the result is that of one call, but for rounding
+  /// (RMS 1e-5 in fp32). Without `in_place`, `state` stays as it was and gradients flow through it.
+  /// Without gradients any number of threads may call it at once, each with its own state.
+  /// @param tokens int64 [B, T]
+  /// @throws ShapeError for tokens of a wrong shape or type, StateMismatch for the state of another
+  ///         model or batch
+  LanguageModelOutput forward(const at::Tensor& tokens, const LanguageModelState& state,
+                              const ForwardOptions& options = {}) const;
+
+  /// Switches a branch of every block on or off at run time (ablation).
+  void enable_attention(bool enabled);
+  void enable_memory(bool enabled);
+
+  int64_t parameter_count() const;
+  /// Bytes of a state for `batch` rows; does not depend on how much was read.
+  int64_t state_bytes(int64_t batch = 1) const;
+
+  torch::nn::Embedding embedding{nullptr};
+  std::vector<Block> blocks;
+  RMSNorm norm{nullptr};
+  torch::nn::Linear output{nullptr};  ///< null if the embeddings are tied
+
+ private:
+  at::Tensor draw_memory_keep(int64_t batch) const;
+  at::Tensor to_logits(const at::Tensor& x) const;
+
+  LanguageModelConfig config_;
+};
+TORCH_MODULE(LanguageModel);
+
+}  // namespace fastweights::nn

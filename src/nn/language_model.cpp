@@ -1,0 +1,172 @@
+#include "fastweights/nn/language_model.hpp"
+
+#include <ATen/ATen.h>
+#include <torch/nn/modules/container/modulelist.h>
+
+#include <sstream>
+
+#include "fastweights/core/error.hpp"
+#include "projection.hpp"
+
+namespace fastweights::nn {
+namespace {
+
+void check_tokens(const at::Tensor& tokens) {
+  if (tokens.defined() && tokens.dim() == 2 && tokens.scalar_type() == at::kLong) return;
+  std::ostringstream message;
+  message << "language_model: tokens must be int64 [B, T], got ";
+  if (tokens.defined()) {
+    message << tokens.scalar_type() << ' ' << tokens.sizes();
+  } else {
+    message << "an undefined tensor";
+  }
+  throw ShapeError(message.str());
+}
+
+std::string describe(const at::Tensor& tensor) {
+  std::ostringstream out;
+  if (tensor.defined()) {
+    out << tensor.scalar_type() << ' ' << tensor.sizes();
+  } else {
+    out << "none";
+  }
+  return out.str();
+}
+
+void check_tensor(const std::string& name, const at::Tensor& given, at::IntArrayRef shape,
+                  bool wanted) {
+  if (!wanted && !given.defined()) return;
+  if (wanted && given.defined() && given.sizes() == shape) return;
+  std::ostringstream expected;
+  if (wanted) {
+    expected << shape;
+  } else {
+    expected << "none";
+  }
+  throw StateMismatch("language_model: state tensor " + name + " must be " + expected.str() +
+                      ", got " + describe(given));
+}
+
+void check_state(const LanguageModelConfig& config, int64_t batch,
+                 const LanguageModelState& state) {
+  check_tensor("position", state.position, {batch}, true);
+  if (state.position.scalar_type() != at::kLong) {
+    throw StateMismatch("language_model: state tensor position must be int64, got " +
+                        describe(state.position));
+  }
+  if (static_cast<int64_t>(state.blocks.size()) != config.layers) {
+    throw StateMismatch("language_model: the state has " + std::to_string(state.blocks.size()) +
+                        " layers, the model " + std::to_string(config.layers));
+  }
+  const auto values = config.memory_value_heads * config.memory_value_size;
+  const auto channels = 2 * config.memory_heads * config.memory_key_size + values;
+  const auto size = config.width / std::max<int64_t>(config.attention_heads, 1);
+  for (int64_t n = 0; n < config.layers; ++n) {
+    const auto& block = state.blocks[static_cast<std::size_t>(n)];
+    const auto layer = "layers." + std::to_string(n) + ".";
+    check_tensor(layer + "memory.state", block.memory.state,
+                 {batch, config.memory_value_heads, config.memory_key_size,
+                  config.memory_value_size},
+                 config.memory);
+    check_tensor(layer + "memory.conv", block.memory.conv,
+                 {batch, config.convolution_size - 1, channels}, config.memory);
+    for (const auto* field : {"key", "value"}) {
+      check_tensor(layer + "attention." + field,
+                   field[0] == 'k' ? block.attention.key : block.attention.value,
+                   {batch, config.attention_window, config.attention_heads, size},
+                   config.attention);
+    }
+  }
+}
+
+LanguageModelConfig validated(LanguageModelConfig config) {
+  config.validate();
+  return config;
+}
+
+}  // namespace
+
+LanguageModelImpl::LanguageModelImpl(LanguageModelConfig config)
+    : config_(validated(std::move(config))) {
+  reset();
+}
+
+void LanguageModelImpl::reset() {
+  embedding = register_module(
+      "embedding", torch::nn::Embedding(config_.vocabulary_size, config_.width));
+  {
+    const at::NoGradGuard no_grad;
+    embedding->weight.normal_(0.0, config_.initializer_range);
+  }
+  auto list = register_module("blocks", torch::nn::ModuleList());
+  blocks.clear();
+  for (int64_t layer = 0; layer < config_.layers; ++layer) {
+    blocks.emplace_back(config_, layer);
+    list->push_back(blocks.back());
+  }
+  norm = register_module("norm", RMSNorm(config_.width, config_.norm_epsilon));
+  if (config_.tie_embeddings) return;
+  output = register_module("output", make_projection(config_.width, config_.vocabulary_size,
+                                                     config_.initializer_range));
+}
+
+LanguageModelState LanguageModelImpl::initial_state(int64_t batch) const {
+  LanguageModelState state;
+  for (const auto& block : blocks) state.blocks.push_back(block->initial_state(batch));
+  state.position = at::zeros({batch}, at::TensorOptions(at::kLong).device(norm->weight.device()));
+  return state;
+}
+
+at::Tensor LanguageModelImpl::draw_memory_keep(int64_t batch) const {
+  if (!is_training() || config_.memory_dropout == 0.0) return {};
+  return at::bernoulli(at::full({batch, 1, 1}, 1.0 - config_.memory_dropout,
+                                norm->weight.options().requires_grad(false)));
+}
+
+at::Tensor LanguageModelImpl::to_logits(const at::Tensor& x) const {
+  const auto normed = norm->forward(x);
+  const auto logits = output.is_empty() ? at::linear(normed, embedding->weight)
+                                        : project(output, normed);
+  return logits.scalar_type() == at::kDouble ? logits : logits.to(at::kFloat);
+}
+
+LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& tokens,
+                                               const LanguageModelState& state,
+                                               const ForwardOptions& options) const {
+  check_tokens(tokens);
+  check_state(config_, tokens.size(0), state);
+  const BlockImpl::Options block_options{options.in_place, draw_memory_keep(tokens.size(0))};
+  auto x = embedding.ptr()->forward(tokens);
+  LanguageModelState next;
+  next.blocks.reserve(blocks.size());
+  for (std::size_t n = 0; n < blocks.size(); ++n) {
+    auto result = blocks[n]->forward(x, state.blocks[n], state.position, block_options);
+    x = std::move(result.x);
+    next.blocks.push_back(std::move(result.state));
+  }
+  next.position = options.in_place ? state.position.add_(tokens.size(1))
+                                   : state.position + tokens.size(1);
+  if (!options.logits) return {{}, std::move(next)};
+  if (options.last_logits_only && x.size(1) > 1) x = x.narrow(1, x.size(1) - 1, 1);
+  return {to_logits(x), std::move(next)};
+}
+
+void LanguageModelImpl::enable_attention(bool enabled) {
+  for (auto& block : blocks) block->attention_enabled = enabled;
+}
+
+void LanguageModelImpl::enable_memory(bool enabled) {
+  for (auto& block : blocks) block->memory_enabled = enabled;
+}
+
+int64_t LanguageModelImpl::parameter_count() const {
+  int64_t count = 0;
+  for (const auto& parameter : parameters()) count += parameter.numel();
+  return count;
+}
+
+int64_t LanguageModelImpl::state_bytes(int64_t batch) const {
+  return initial_state(1).bytes() * batch;
+}
+
+}  // namespace fastweights::nn

@@ -1,0 +1,122 @@
+#include "fastweights/nn/model_folder.hpp"
+
+#include <ATen/ATen.h>
+
+#include <map>
+#include <sstream>
+#include <string>
+#include <system_error>
+
+#include "fastweights/core/error.hpp"
+#include "fastweights/io/atomic_file.hpp"
+#include "fastweights/io/mapped_file.hpp"
+#include "fastweights/nn/tensor_file.hpp"
+
+namespace fastweights {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kConfigFile = "config.json";
+constexpr const char* kWeightsFile = "model.safetensors";
+constexpr std::size_t kNamesInMessage = 8;
+
+nn::LanguageModelConfig read_config(const fs::path& folder) {
+  const auto path = folder / kConfigFile;
+  const io::MappedFile file(path);
+  try {
+    return nn::LanguageModelConfig::from_json(file.text());
+  } catch (const Error& error) {
+    throw Error(path.string() + ": " + error.what());
+  }
+}
+
+// Collects what does not fit, so that one message names it all (up to a limit).
+class Mismatches {
+ public:
+  void add(const std::string& text) {
+    if (++count_ > kNamesInMessage) return;
+    text_ += (text_.empty() ? "" : "; ") + text;
+  }
+  void throw_if_any(const fs::path& path) const {
+    if (count_ == 0) return;
+    const auto more = count_ > kNamesInMessage
+                          ? "; and " + std::to_string(count_ - kNamesInMessage) + " more"
+                          : std::string();
+    throw StateMismatch(path.string() + " does not fit its configuration: " + text_ + more);
+  }
+
+ private:
+  std::size_t count_ = 0;
+  std::string text_;
+};
+
+std::string shape_mismatch(const std::string& name, const at::Tensor& expected,
+                           const at::Tensor& given) {
+  std::ostringstream out;
+  out << name << " must be " << expected.sizes() << ", got " << given.sizes();
+  return out.str();
+}
+
+void copy_weights(const fs::path& path, nn::LanguageModelImpl& model) {
+  std::map<std::string, at::Tensor> stored;
+  for (auto& [name, tensor] : nn::load_tensors(path)) stored.emplace(name, std::move(tensor));
+  Mismatches mismatches;
+  const auto parameters = model.named_parameters();
+  for (const auto& item : parameters) {
+    const auto found = stored.find(item.key());
+    if (found == stored.end()) {
+      mismatches.add(item.key() + " is missing");
+    } else if (found->second.sizes() != item.value().sizes()) {
+      mismatches.add(shape_mismatch(item.key(), item.value(), found->second));
+    } else if (!found->second.is_floating_point()) {
+      mismatches.add(item.key() + " must be of a floating-point type");
+    }
+  }
+  for (const auto& [name, tensor] : stored) {
+    if (!parameters.contains(name)) mismatches.add(name + " is not known");
+  }
+  mismatches.throw_if_any(path);
+  const at::NoGradGuard no_grad;
+  for (const auto& item : parameters) item.value().copy_(stored.at(item.key()));
+}
+
+void make_folder(const fs::path& folder) {
+  std::error_code error;
+  fs::create_directories(folder, error);
+  if (error) throw FileError(folder.string() + ": cannot create the folder: " + error.message());
+}
+
+}  // namespace
+
+std::shared_ptr<const nn::LanguageModelImpl> load_model(const fs::path& folder,
+                                                        at::ScalarType dtype) {
+  auto model = std::make_shared<nn::LanguageModelImpl>(read_config(folder));
+  model->to(dtype);
+  copy_weights(folder / kWeightsFile, *model);
+  model->eval();
+  for (auto& parameter : model->parameters()) parameter.requires_grad_(false);
+  return model;
+}
+
+void load_weights(const fs::path& folder, nn::LanguageModelImpl& model) {
+  if (read_config(folder) != model.config()) {
+    throw StateMismatch((folder / kConfigFile).string() +
+                        " is not the configuration of the model that it is read into");
+  }
+  copy_weights(folder / kWeightsFile, model);
+}
+
+void save_model(const fs::path& folder, const nn::LanguageModelImpl& model,
+                std::optional<at::ScalarType> dtype) {
+  make_folder(folder);
+  nn::NamedTensors tensors;
+  for (const auto& item : model.named_parameters()) {
+    const auto& value = item.value();
+    tensors.emplace_back(item.key(), value.detach().to(dtype.value_or(value.scalar_type())));
+  }
+  nn::save_tensors(folder / kWeightsFile, tensors, {{"format", "pt"}});
+  io::write_file_atomically(folder / kConfigFile, model.config().to_json());
+}
+
+}  // namespace fastweights
