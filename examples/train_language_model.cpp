@@ -1,0 +1,39 @@
+// Trains a byte language model on text files: see docs/training.md, or --help.
+
+#include <fmt/format.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <exception>
+
+#include "training/options.hpp"
+#include "training/trainer.hpp"
+
+namespace {
+
+volatile std::sig_atomic_t stop_signal = 0;
+
+void request_stop(int signal) { stop_signal = signal; }
+
+/// The first Ctrl-C asks for a checkpoint; a second one, or a second SIGTERM, ends the process at once.
+void catch_signals() {
+  struct sigaction action = {};
+  action.sa_handler = request_stop;
+  action.sa_flags = static_cast<int>(SA_RESETHAND);
+  sigaction(SIGINT, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    training::Trainer trainer(training::parse_options(argc, argv));
+    catch_signals();
+    const auto outcome = trainer.run([] { return stop_signal != 0; });
+    return outcome == training::Outcome::kFinished ? EXIT_SUCCESS : 128 + stop_signal;
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "train_language_model: {}\n", error.what());
+    return EXIT_FAILURE;
+  }
+}

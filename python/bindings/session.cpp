@@ -1,0 +1,174 @@
+#include "fastweights/session/session.hpp"
+
+#include <ATen/ATen.h>
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "bindings.hpp"
+#include "fastweights/core/error.hpp"
+#include "fastweights/io/tokenizer.hpp"
+#include "fastweights/nn/language_model.hpp"
+#include "named_tensors.hpp"
+
+namespace fastweights::python {
+namespace {
+
+namespace py = pybind11;
+using Model = std::shared_ptr<nn::LanguageModelImpl>;
+using Path = std::filesystem::path;
+
+/// A session that only one call uses at a time. Calls release the GIL, so that two Python threads, or
+/// a callback, could otherwise meet in it.
+class GuardedSession {
+ public:
+  explicit GuardedSession(Session session) : session_(std::move(session)) {}
+
+  /// Runs `work` on the session without the GIL.
+  template <class Work>
+  auto use(Work work) {
+    const py::gil_scoped_release no_gil;
+    const std::unique_lock lock(busy_, std::try_to_lock);
+    if (!lock) throw Error("session: another call is using it; one session does one thing at a time");
+    return work(session_);
+  }
+
+ private:
+  Session session_;
+  std::mutex busy_;
+};
+
+/// Runs the Python handlers of signals that came in; Ctrl-C arrives as KeyboardInterrupt.
+void check_signals() {
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+/// What a callback answers: None means to go on.
+bool goes_on(const py::object& answer) { return answer.is_none() || py::bool_(answer); }
+
+Progress progress_of(const py::object& callback) {
+  return [&callback](std::int64_t done, std::int64_t total) {
+    const py::gil_scoped_acquire gil;
+    check_signals();
+    return callback.is_none() || goes_on(callback(done, total));
+  };
+}
+
+std::function<bool(std::string_view)> on_token_of(const py::object& callback) {
+  return [&callback](std::string_view bytes) {
+    const py::gil_scoped_acquire gil;
+    check_signals();
+    return callback.is_none() || goes_on(callback(py::bytes(bytes.data(), bytes.size())));
+  };
+}
+
+at::Tensor to_tensor(const std::vector<float>& values) {
+  at::Tensor tensor = at::empty({static_cast<std::int64_t>(values.size())}, at::kFloat);
+  std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<float>());
+  return tensor;
+}
+
+std::unique_ptr<GuardedSession> make(const Model& model, std::int64_t piece, std::uint64_t seed) {
+  return std::make_unique<GuardedSession>(Session(model, {.piece = piece, .seed = seed}));
+}
+
+std::unique_ptr<GuardedSession> load(const Path& path, const Model& model) {
+  return std::make_unique<GuardedSession>(Session::load(path, model));
+}
+
+void read(GuardedSession& self, const py::bytes& text, const py::object& progress) {
+  const std::string_view view(text);
+  self.use([&](Session& session) { session.read(view, progress_of(progress)); });
+}
+
+at::Tensor read_and_score(GuardedSession& self, const py::bytes& text, const py::object& progress) {
+  const std::string_view view(text);
+  return to_tensor(self.use(
+      [&](Session& session) { return session.read_and_score(view, progress_of(progress)); }));
+}
+
+double score(GuardedSession& self, const py::bytes& text, const py::object& progress) {
+  const std::string_view view(text);
+  return self.use([&](Session& session) { return session.score(view, progress_of(progress)); });
+}
+
+at::Tensor token_bits(GuardedSession& self, const py::bytes& text, const py::object& progress) {
+  const std::string_view view(text);
+  return to_tensor(self.use(
+      [&](Session& session) { return session.token_bits(view, progress_of(progress)); }));
+}
+
+py::bytes write(GuardedSession& self, std::int64_t max_tokens, double temperature,
+                std::int64_t top_k, double top_p, std::optional<std::uint64_t> seed,
+                std::vector<std::string> stop, const py::object& on_token) {
+  const WriteOptions options{.max_tokens = max_tokens,
+                             .temperature = temperature,
+                             .top_k = top_k,
+                             .top_p = top_p,
+                             .seed = seed,
+                             .stop = std::move(stop),
+                             .on_token = on_token_of(on_token)};
+  return py::bytes(self.use([&](Session& session) { return session.write(options); }));
+}
+
+/// (kind, bytes) of each call: what was read and written.
+std::vector<std::pair<std::string, py::bytes>> log(GuardedSession& self) {
+  const SessionLog log = self.use([](Session& session) { return session.log(); });
+  std::vector<std::pair<std::string, py::bytes>> calls;
+  std::int64_t begin = 0;
+  for (const LogCall& call : log.calls()) {
+    const auto tokens = log.tokens(begin, begin + call.tokens);
+    calls.emplace_back(call.kind == CallKind::kRead ? "read" : "written",
+                       io::ByteTokenizer().decode(tokens));
+    begin += call.tokens;
+  }
+  return calls;
+}
+
+std::unique_ptr<GuardedSession> copy(GuardedSession& self) {
+  return std::make_unique<GuardedSession>(self.use([](Session& session) { return session; }));
+}
+
+}  // namespace
+
+void bind_session(py::module_& module) {
+  py::class_<GuardedSession>(module, "Session")
+      .def(py::init(&make), py::arg("model"), py::arg("piece"), py::arg("seed"))
+      .def_static("load", &load, py::arg("path"), py::arg("model"),
+                  py::call_guard<py::gil_scoped_release>())
+      .def("read", &read, py::arg("text"), py::arg("progress"))
+      .def("read_and_score", &read_and_score, py::arg("text"), py::arg("progress"))
+      .def("score", &score, py::arg("text"), py::arg("progress"))
+      .def("token_bits", &token_bits, py::arg("text"), py::arg("progress"))
+      .def("write", &write, py::arg("max_tokens"), py::arg("temperature"), py::arg("top_k"),
+           py::arg("top_p"), py::arg("seed"), py::arg("stop"), py::arg("on_token"))
+      .def("logits",
+           [](GuardedSession& self) { return self.use([](Session& s) { return s.logits(); }); })
+      .def("state",
+           [](GuardedSession& self) {
+             return to_dict(self.use([](Session& s) { return s.state(); }));
+           })
+      .def("position",
+           [](GuardedSession& self) { return self.use([](Session& s) { return s.position(); }); })
+      .def("log", &log)
+      .def(
+          "save",
+          [](GuardedSession& self, const Path& path) {
+            self.use([&](Session& session) { session.save(path); });
+          },
+          py::arg("path"))
+      .def("copy", &copy);
+}
+
+}  // namespace fastweights::python

@@ -1,0 +1,39 @@
+"""Fast-weight memories for PyTorch: rules, layers, and sessions that learn while they read.
+
+- `fastweights.ops`: the rules as differentiable operators.
+- `fastweights.nn`: layers and the language model as torch.nn.Module.
+- `fastweights.load_model`, `fastweights.save_model`: model folders, the same in C++ and Python.
+- `fastweights.Session`: a running model that learns from what it reads and from what it writes.
+"""
+
+import torch
+
+from ._build import TORCH_VERSION, VERSION
+
+if torch.__version__.split(".")[:2] != TORCH_VERSION.split(".")[:2]:
+    raise ImportError(
+        f"fastweights was built for torch {TORCH_VERSION} and found torch {torch.__version__}: "
+        "install that torch, or build fastweights again with this one"
+    )
+
+from . import errors, io, nn, ops
+from .errors import Cancelled, Error, FileError, ShapeError, StateMismatch
+from .io import load_model, save_model
+from .session import Session
+
+__version__ = VERSION
+
+__all__ = [
+    "Cancelled",
+    "Error",
+    "FileError",
+    "Session",
+    "ShapeError",
+    "StateMismatch",
+    "errors",
+    "io",
+    "load_model",
+    "nn",
+    "ops",
+    "save_model",
+]

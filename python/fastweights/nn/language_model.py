@@ -1,0 +1,202 @@
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import _C
+from ..errors import Error, ShapeError, StateMismatch
+from ._projection import make_projection
+from .block import Block
+from .config import LanguageModelConfig
+from .normalization import RMSNorm
+from .state import LanguageModelState
+
+
+class LanguageModelOutput(NamedTuple):
+    """What LanguageModel.forward returns; unpacks as ``logits, state``."""
+
+    logits: Tensor | None  # [B, T, vocabulary], at least fp32; None if not wanted
+    state: LanguageModelState
+
+
+class LanguageModel(nn.Module):
+    """A language model whose blocks join windowed attention and fast-weight memories. It carries
+    all it keeps of what it read in an explicit state of fixed size.
+
+    Weights start as in GPT-2 (Radford et al. 2019): normal(0, initializer_range), and layers that
+    write into the residual stream divided by √(2 · layers); norms at one; the convolution uniform
+    in ±1/√W (PyTorch's Conv1d); gates as FastWeightMemory says.
+    """
+
+    def __init__(self, config: LanguageModelConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or LanguageModelConfig()
+        self.embedding = nn.Embedding(config.vocabulary_size, config.width)
+        nn.init.normal_(self.embedding.weight, 0.0, config.initializer_range)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_epsilon)
+        self.output: nn.Linear | None = None
+        if not config.tie_embeddings:
+            self.output = make_projection(
+                config.width, config.vocabulary_size, config.initializer_range
+            )
+
+    def initial_state(self, batch: int) -> LanguageModelState:
+        """The state before the first token, in the weights' type (the fast weights in fp32) and on
+        their device."""
+        position = torch.zeros(batch, dtype=torch.int64, device=self.norm.weight.device)
+        return LanguageModelState(
+            tuple(block.initial_state(batch) for block in self._blocks()), position
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: LanguageModelState | None = None,
+        *,
+        in_place: bool = False,
+        logits: bool = True,
+        last_logits_only: bool = False,
+    ) -> LanguageModelOutput:
+        """Reads T ≥ 0 tokens of each row.
+
+        A sequence may come in pieces of any lengths: the result is that of one call, but for
+        rounding. Gradients flow through `state`.
+
+        Args:
+            tokens: int64 [B, T].
+            state: what an earlier call returned, or None at the start.
+            in_place: inference only: the state given is overwritten where it can be.
+            logits: False if only the state is wanted.
+            last_logits_only: logits of the last token only, [B, 1, vocabulary].
+
+        Raises:
+            ShapeError: tokens of a wrong shape or type.
+            StateMismatch: the state of another model or batch.
+        """
+        _check_tokens(tokens)
+        if state is None:
+            state = self.initial_state(tokens.shape[0])
+        elif not torch.compiler.is_compiling():
+            self._check_state(state, tokens.shape[0])
+        keep = self._draw_memory_keep(tokens.shape[0])
+        x = self.embedding(tokens)
+        blocks = []
+        for block, before in zip(self._blocks(), state.blocks, strict=True):
+            x, after = block(x, before, state.position, in_place, keep)
+            blocks.append(after)
+        seen = tokens.shape[1]
+        position = state.position.add_(seen) if in_place else state.position + seen
+        return LanguageModelOutput(
+            self._logits(x[:, -1:] if last_logits_only else x) if logits else None,
+            LanguageModelState(tuple(blocks), position),
+        )
+
+    def enable_attention(self, enabled: bool) -> None:
+        """Switches the attention of every block on or off (ablation)."""
+        for block in self._blocks():
+            block.attention_enabled = enabled
+
+    def enable_memory(self, enabled: bool) -> None:
+        """Switches the memory of every block on or off (ablation)."""
+        for block in self._blocks():
+            block.memory_enabled = enabled
+
+    def parameter_count(self) -> int:
+        """Number of trainable and frozen weights."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def state_bytes(self, batch: int = 1) -> int:
+        """Bytes of a state for `batch` rows; does not depend on how much was read."""
+        return self.initial_state(1).nbytes * batch
+
+    def native(self) -> _C.LanguageModel:
+        """The C++ model on the same weights: they share storage. Its forward pass calls no Python,
+        so it refuses a model with hooks or replaced children.
+
+        Raises:
+            Error: naming the module that was changed.
+        """
+        for name, module in self.named_modules():
+            _check_unchanged(name, module)
+        tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        model = _C.LanguageModel.from_tensors(self.config.to_json(), tensors)
+        for layer, block in enumerate(self._blocks()):
+            model.enable_branches(layer, block.attention_enabled, block.memory_enabled)
+        return model
+
+    def _blocks(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        logits: Tensor
+        if self.output is not None:
+            logits = self.output(x)
+        else:
+            logits = nn.functional.linear(x, self.embedding.weight)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _draw_memory_keep(self, batch: int) -> Tensor | None:
+        if not self.training or self.config.memory_dropout == 0.0:
+            return None
+        keep = self.norm.weight.new_full((batch, 1, 1), 1.0 - self.config.memory_dropout)
+        return torch.bernoulli(keep.detach())
+
+    def _check_state(self, state: LanguageModelState, batch: int) -> None:
+        if len(state.blocks) != self.config.layers:
+            raise StateMismatch(
+                f"language_model: the state has {len(state.blocks)} layers, the model "
+                f"{self.config.layers}"
+            )
+        given = state.tensors()
+        for name, shape in self._state_shapes(batch).items():
+            tensor = given.pop(name, None)
+            if tensor is None or tensor.shape != shape:
+                raise StateMismatch(
+                    f"language_model: state tensor {name} must be {list(shape)}, got "
+                    f"{'none' if tensor is None else f'{tensor.dtype} {list(tensor.shape)}'}"
+                )
+        if given:
+            raise StateMismatch(
+                f"language_model: state tensor {next(iter(given))} must be none for this model"
+            )
+        if state.position.dtype != torch.int64:
+            raise StateMismatch(
+                f"language_model: state tensor position must be int64, got {state.position.dtype}"
+            )
+
+    def _state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        config = self.config
+        fields: dict[str, tuple[int, ...]] = {}
+        if config.memory:
+            channels = 2 * config.key_width + config.value_width
+            fields["memory.state"] = (
+                batch,
+                config.memory_value_heads,
+                config.memory_key_size,
+                config.memory_value_size,
+            )
+            fields["memory.conv"] = (batch, config.convolution_size - 1, channels)
+        if config.attention:
+            ring = (batch, config.attention_window, config.attention_heads, config.head_size)
+            fields |= {"attention.key": ring, "attention.value": ring}
+        layers = {f"layers.{n}.{f}": s for n in range(config.layers) for f, s in fields.items()}
+        return layers | {"position": (batch,)}
+
+
+def _check_tokens(tokens: Tensor) -> None:
+    if tokens.dim() != 2 or tokens.dtype != torch.int64:
+        raise ShapeError(
+            f"language_model: tokens must be int64 [B, T], got {tokens.dtype} {list(tokens.shape)}"
+        )
+
+
+def _check_unchanged(name: str, module: nn.Module) -> None:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    known = type(module).__module__.startswith(("fastweights.nn.", "torch.nn.modules."))
+    if any(hooks) or not known:
+        raise Error(
+            f"language_model: module {name or 'LanguageModel'} ({type(module).__name__}) was "
+            "replaced or has hooks, which the C++ model would leave out; call the Python model"
+        )

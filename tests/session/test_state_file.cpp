@@ -1,0 +1,194 @@
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/matchers/catch_matchers_exception.hpp>
+#include <catch2/matchers/catch_matchers_string.hpp>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fastweights/core/error.hpp"
+#include "fastweights/session/state_file.hpp"
+
+using Catch::Matchers::ContainsSubstring;
+using Catch::Matchers::MessageMatches;
+using fastweights::CallKind;
+using fastweights::FileError;
+using fastweights::parse_state_file;
+using fastweights::serialize_state_file;
+using fastweights::StateFile;
+using fastweights::detail::seal_state_file;
+namespace io = fastweights::io;
+using Buffer = std::vector<std::byte>;
+
+namespace {
+
+const std::vector<float> kValues{1.5F, -2.0F, 3.25F, 0.0F, 1e-40F, -0.0F};
+const std::vector<std::int64_t> kPosition{6};
+
+StateFile example() {
+  StateFile file{.model = "0123456789abcdef0123456789abcdef",
+                 .piece = 512,
+                 .seed = 0xFFFFFFFFFFFFFFFFU,
+                 .log = fastweights::SessionLog(256),
+                 .tensors = {}};
+  file.log.start_call(CallKind::kRead, std::vector<std::int64_t>{104, 101, 255, 0});
+  file.log.start_call(CallKind::kWritten, std::vector<std::int64_t>{33, 34}, 77);
+  file.tensors.push_back(
+      {"logits", io::ScalarType::F32, {2, 3}, std::as_bytes(std::span(kValues))});
+  file.tensors.push_back(
+      {"position", io::ScalarType::I64, {1}, std::as_bytes(std::span(kPosition))});
+  file.tensors.push_back({"empty", io::ScalarType::BF16, {0, 7}, {}});
+  return file;
+}
+
+/// The content of a file whose parts can be changed one by one: what only a forger would write.
+struct Forgery {
+  io::Metadata metadata = {{"model", "0123456789abcdef0123456789abcdef"},
+                           {"vocabulary_size", "256"},
+                           {"piece", "512"},
+                           {"seed", "1"}};
+  std::vector<std::uint8_t> tokens = {104, 101, 255};
+  std::vector<std::int64_t> tokens_shape = {3, 1};
+  std::vector<std::int64_t> calls = {0, 2, 0, 0, 1, 1, 1, 77};
+  std::vector<std::int64_t> calls_shape = {2, 4};
+
+  Buffer file() const {
+    const std::vector<io::TensorData> tensors = {
+        {"log.tokens", io::ScalarType::U8, tokens_shape, std::as_bytes(std::span(tokens))},
+        {"log.calls", io::ScalarType::I64, calls_shape, std::as_bytes(std::span(calls))}};
+    return seal_state_file(io::serialize_safetensors(tensors, metadata));
+  }
+
+  static Forgery with(const std::string& key, const std::string& value) {
+    Forgery forgery;
+    forgery.metadata[key] = value;
+    return forgery;
+  }
+
+  static Forgery with_calls(std::vector<std::int64_t> calls) {
+    Forgery forgery;
+    forgery.calls_shape[0] = static_cast<std::int64_t>(calls.size() / 4);
+    forgery.calls = std::move(calls);
+    return forgery;
+  }
+};
+
+void check_refused(const Buffer& bytes, const std::string& why) {
+  CHECK_THROWS_MATCHES(parse_state_file(bytes), FileError, MessageMatches(ContainsSubstring(why)));
+}
+
+}  // namespace
+
+TEST_CASE("a state file gives back what was put in", "[state_file]") {
+  const StateFile file = example();
+  const Buffer bytes = serialize_state_file(file);
+  const StateFile again = parse_state_file(bytes);
+  CHECK(again.model == file.model);
+  CHECK(again.piece == file.piece);
+  CHECK(again.seed == file.seed);
+  CHECK(again.log == file.log);
+  REQUIRE(again.tensors.size() == file.tensors.size());
+  for (const io::TensorData& tensor : file.tensors) {
+    const auto same = [&](const io::TensorData& other) {
+      return other.name == tensor.name && other.type == tensor.type &&
+             other.shape == tensor.shape && std::ranges::equal(other.bytes, tensor.bytes);
+    };
+    CHECK(std::ranges::count_if(again.tensors, same) == 1);
+  }
+  CHECK(serialize_state_file(again) == bytes);
+}
+
+TEST_CASE("every truncation and every flipped byte is refused", "[state_file]") {
+  const Buffer bytes = serialize_state_file(example());
+  for (std::size_t size = 0; size < bytes.size(); ++size) {
+    INFO("cut to " << size);
+    REQUIRE_THROWS_AS(parse_state_file(std::span(bytes).first(size)), FileError);
+  }
+  for (std::size_t i = 0; i < bytes.size(); ++i) {
+    for (const int flip : {0x01, 0x80, 0xFF}) {
+      Buffer altered = bytes;
+      altered[i] ^= static_cast<std::byte>(flip);
+      INFO("byte " << i << " xor " << flip);
+      REQUIRE_THROWS_AS(parse_state_file(altered), FileError);
+    }
+  }
+}
+
+TEST_CASE("a refusal says what is wrong", "[state_file]") {
+  const Buffer bytes = serialize_state_file(example());
+  check_refused({}, "empty");
+  check_refused(Buffer(100, std::byte{'x'}), "no fastweights state file");
+  check_refused(Buffer(bytes.begin(), bytes.begin() + 5), "cut short");
+  check_refused(Buffer(bytes.begin(), bytes.begin() + 30), "cut short");
+  check_refused(Buffer(bytes.begin(), bytes.end() - 1), "cut short");
+
+  Buffer altered = bytes;
+  altered[100] ^= std::byte{1};
+  check_refused(altered, "altered: its checksum");
+  Buffer longer = bytes;
+  longer.push_back(std::byte{0});
+  check_refused(longer, "altered");
+
+  Buffer newer = bytes;
+  newer[8] = std::byte{2};
+  check_refused(newer, "altered");  // damage, since a newer version would be sealed too
+  check_refused(seal_state_file({}, 2), "newer version: format 2");
+  check_refused(seal_state_file({}, 0), "no format 0");
+}
+
+TEST_CASE("forged metadata are refused", "[state_file]") {
+  CHECK_NOTHROW(parse_state_file(Forgery().file()));
+  CHECK_NOTHROW(parse_state_file(Forgery::with("piece", "1024").file()));
+  check_refused(Forgery::with("piece", "0").file(), "piece");
+  check_refused(Forgery::with("piece", "-1").file(), "piece");
+  check_refused(Forgery::with("piece", "5.5").file(), "piece");
+  check_refused(Forgery::with("piece", "").file(), "piece");
+  check_refused(Forgery::with("piece", " 5").file(), "piece");
+  check_refused(Forgery::with("piece", "9223372036854775808").file(), "piece");
+  check_refused(Forgery::with("seed", "18446744073709551616").file(), "seed");
+  check_refused(Forgery::with("model", "0123456789ABCDEF0123456789abcdef").file(), "model");
+  check_refused(Forgery::with("model", "0123").file(), "model");
+  check_refused(Forgery::with("vocabulary_size", "0").file(), "vocabulary_size");
+  check_refused(Forgery::with("vocabulary_size", "257").file(), "log.tokens");  // two bytes each
+  check_refused(Forgery::with("vocabulary_size", "200").file(), "must be below 200");
+  for (const char* key : {"model", "vocabulary_size", "piece", "seed"}) {
+    Forgery forgery;
+    forgery.metadata.erase(key);
+    check_refused(forgery.file(), "`" + std::string(key) + "` is missing");
+  }
+}
+
+TEST_CASE("a forged log is refused", "[state_file]") {
+  CHECK_NOTHROW(parse_state_file(Forgery::with_calls({0, 3, 0, 0}).file()));
+  check_refused(Forgery::with_calls({0, 2, 0, 0}).file(), "do not cover");
+  check_refused(Forgery::with_calls({0, 4, 0, 0}).file(), "malformed");
+  check_refused(Forgery::with_calls({}).file(), "do not cover");
+  check_refused(Forgery::with_calls({0, -1, 0, 0, 0, 4, 0, 0}).file(), "impossible");
+  check_refused(Forgery::with_calls({0, 0, 0, 0, 0, 3, 0, 0}).file(), "malformed");
+  check_refused(Forgery::with_calls({2, 3, 0, 0}).file(), "impossible");
+  check_refused(Forgery::with_calls({0, 3, 2, 0}).file(), "impossible");
+  check_refused(Forgery::with_calls({0, 3, 1, 5}).file(), "seed");
+  Forgery flat;
+  flat.calls_shape = {8};
+  check_refused(flat.file(), "log.calls");
+  Forgery wide;
+  wide.tokens_shape = {1, 3};
+  check_refused(wide.file(), "log.tokens");
+}
+
+TEST_CASE("content that is no safetensors file is refused", "[state_file]") {
+  check_refused(seal_state_file({}), "malformed");
+  const Buffer noise(64, std::byte{0xFF});
+  check_refused(seal_state_file(noise), "malformed");
+}
+
+TEST_CASE("a tensor whose bytes do not fit its shape is not written", "[state_file]") {
+  StateFile file = example();
+  file.tensors[0].shape = {7};
+  CHECK_THROWS_AS(serialize_state_file(file), fastweights::ShapeError);
+  file.tensors[0] = {"log.calls", io::ScalarType::F32, {2, 3}, std::as_bytes(std::span(kValues))};
+  CHECK_THROWS_AS(serialize_state_file(file), fastweights::Error);
+}
