@@ -15,7 +15,7 @@ FEWEST_BLOCKS = 5
 
 
 class Interval(NamedTuple):
-    """An estimate, and its bounds at the level LEVEL; the bounds are NaN if there are too few data."""
+    """An estimate, and its bounds at the level LEVEL; NaN if there are too few data."""
 
     estimate: float
     low: float
@@ -31,8 +31,8 @@ def _bounds(resampled: Array) -> tuple[float, float]:
 def ratio_interval(sums: Array, counts: Array, block: int, seed: int = 0) -> Interval:
     """Circular block bootstrap (Politis and Romano, 1992) of sum(sums) / sum(counts).
 
-    `sums[i]` and `counts[i]` belong to window i of a text. Blocks of `block` neighbouring windows are
-    drawn with replacement, so that correlations within a block stay as they are.
+    `sums[i]` and `counts[i]` belong to window i of a text. Blocks of `block` neighbouring windows
+    are drawn with replacement, so that correlations within a block stay as they are.
     """
     total = counts.sum()
     estimate = float(sums.sum() / total) if total else float("nan")
@@ -43,7 +43,8 @@ def ratio_interval(sums: Array, counts: Array, block: int, seed: int = 0) -> Int
 
     def block_sums(values: Array) -> Array:
         running = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[:block]]))])
-        return running[block:][: len(values)] - running[: len(values)]
+        sums_from: Array = running[block:][: len(values)] - running[: len(values)]
+        return sums_from
 
     numerators = block_sums(sums)[starts].sum(axis=1)
     denominators = block_sums(counts)[starts].sum(axis=1)

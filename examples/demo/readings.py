@@ -1,9 +1,10 @@
 """Bits that each byte of a text costs, with the memory carried, emptied, or switched off.
 
-The carried reading is what a user gets: a Session. The others run the same weights through the Python
-model, many stretches of the text as rows of one batch. So that nothing but the memory differs, each
-row first passes over the bytes before its stretch, as far as attention reaches (layers x window): its
-attention window and short convolution hold what they would hold in one long run.
+The carried reading is what a user gets: a Session. The others run the same weights through the
+Python model, many stretches of the text as rows of one batch. So that nothing but the memory
+differs, each row first passes over the bytes before its stretch, as far as attention reaches
+(layers x window): its attention window and short convolution hold what they would hold in one long
+run.
 """
 
 from __future__ import annotations
@@ -119,4 +120,5 @@ def _emptied(block: BlockState) -> BlockState:
 
 def _bits(logits: torch.Tensor, tokens: torch.Tensor) -> Array:
     log_p = torch.log_softmax(logits, dim=-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
-    return -log_p.double().numpy() / np.log(2.0)
+    bits: Array = -log_p.double().numpy() / np.log(2.0)
+    return bits

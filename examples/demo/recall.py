@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fastweights
 import numpy as np
@@ -31,12 +31,16 @@ class Word(NamedTuple):
 
 
 class BucketResult(NamedTuple):
-    """How many bits per word one reading takes less than another, for a range of distances."""
+    """Bits per word at a range of distances, and how many more the other readings take."""
 
     label: str
     words: int
     carried: float  # bits per word
-    gains: dict[str, Interval]  # other reading -> its bits per word minus the carried one's
+    costs: dict[str, Interval]  # other reading -> its bits per word minus the carried one's
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return self._asdict() | {"costs": {n: c._asdict() for n, c in self.costs.items()}}
 
 
 class Cloze(NamedTuple):
@@ -81,8 +85,10 @@ def _label(bucket: int) -> str:
 def by_distance(
     words: list[Word], readings: dict[str, Array], window: int, block: int
 ) -> list[BucketResult]:
-    """Gains of the reading "carried" over each of the others, by distance; intervals as in `intervals`
-    with blocks of `block` windows."""
+    """What the other readings cost more than the one called "carried", by distance.
+
+    Intervals as in `intervals`, in blocks of `block` windows.
+    """
     return [
         result
         for bucket in [FIRST_TIME, *range(len(BUCKETS))]
@@ -116,12 +122,12 @@ def _result(
         return None
     sums = {name: _per_window(words, bits, window) for name, bits in readings.items()}
     counts = _per_window(words, None, window, len(readings["carried"]))
-    gains = {
+    costs = {
         name: ratio_interval(values - sums["carried"], counts, block)
         for name, values in sums.items()
         if name != "carried"
     }
-    return BucketResult(label, len(words), float(sums["carried"].sum() / counts.sum()), gains)
+    return BucketResult(label, len(words), float(sums["carried"].sum() / counts.sum()), costs)
 
 
 def _per_window(
@@ -166,7 +172,7 @@ def complete(session: fastweights.Session) -> str:
     return "".join(letters)
 
 
-def cloze(text: bytes, word: Word, completions: dict[str, str]) -> Cloze:
+def make_cloze(text: bytes, word: Word, completions: dict[str, str]) -> Cloze:
     """A cloze with its answers, as text."""
     clue = text[word.begin : word.begin + CLUE].decode("utf-8", "replace")
     return Cloze(
@@ -177,6 +183,6 @@ def cloze(text: bytes, word: Word, completions: dict[str, str]) -> Cloze:
     )
 
 
-def hits(clozes: list[Cloze], name: str) -> int:
+def count_right(clozes: list[Cloze], name: str) -> int:
     """How many words `name` completed rightly."""
     return sum(c.answers[name] == c.truth for c in clozes)

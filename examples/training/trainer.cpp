@@ -105,7 +105,7 @@ Trainer::Trainer(Options options)
       replicas_(model_, options_.threads),
       optimizer_(parameters_of(*model_), options_.optimizer),
       stream_(texts_, stream_options(options_)) {
-  at::set_num_threads(options_.threads);
+  at::set_num_threads(1);  // the workers are the threads
   split_state(model_->initial_state(options_.batch));
   std::error_code error;
   fs::create_directories(options_.output, error);

@@ -29,8 +29,8 @@ namespace py = pybind11;
 using Model = std::shared_ptr<nn::LanguageModelImpl>;
 using Path = std::filesystem::path;
 
-/// A session that only one call uses at a time. Calls release the GIL, so that two Python threads, or
-/// a callback, could otherwise meet in it.
+/// A session that only one call uses at a time. Calls release the GIL, so that two Python threads,
+/// or a callback, could otherwise meet in it.
 class GuardedSession {
  public:
   explicit GuardedSession(Session session) : session_(std::move(session)) {}
@@ -40,7 +40,8 @@ class GuardedSession {
   auto use(Work work) {
     const py::gil_scoped_release no_gil;
     const std::unique_lock lock(busy_, std::try_to_lock);
-    if (!lock) throw Error("session: another call is using it; one session does one thing at a time");
+    if (!lock)
+      throw Error("session: another call is using it; one session does one thing at a time");
     return work(session_);
   }
 
@@ -105,8 +106,8 @@ double score(GuardedSession& self, const py::bytes& text, const py::object& prog
 
 at::Tensor token_bits(GuardedSession& self, const py::bytes& text, const py::object& progress) {
   const std::string_view view(text);
-  return to_tensor(self.use(
-      [&](Session& session) { return session.token_bits(view, progress_of(progress)); }));
+  return to_tensor(
+      self.use([&](Session& session) { return session.token_bits(view, progress_of(progress)); }));
 }
 
 py::bytes write(GuardedSession& self, std::int64_t max_tokens, double temperature,

@@ -31,8 +31,8 @@ class Session:
 
     Texts are str (as UTF-8; surrogate escapes stand for single bytes) or bytes of any values. Long
     calls release the GIL. Where they take `progress`, it is called between pieces with the bytes
-    done and in all, and returning False stops the call with `Cancelled`. Ctrl-C stops them too, with
-    KeyboardInterrupt. In either case the session is valid and holds what was done so far. One
+    done and in all, and returning False stops the call with `Cancelled`. Ctrl-C stops them too,
+    with KeyboardInterrupt. In either case the session is valid and holds what was done so far. One
     session does one thing at a time: a call while another is under way is an Error.
 
     `copy.copy(session)` is an independent session at the same place.
@@ -44,14 +44,15 @@ class Session:
         """An empty session.
 
         Args:
-            model: its weights are shared, not copied; they must not change while the session lives.
-                `model.native()` is the model that many sessions can share without repeating the set-up.
+            model: its weights are shared, not copied; they must not change while the session
+                lives. Where many sessions begin, give them one `model.native()`: it saves the
+                set-up of each.
             piece: bytes that a read processes at once, counted from the start of each call.
             seed: of the generator that `write` draws from until it is given another one.
 
         Raises:
-            Error: the model's vocabulary is not that of bytes, a module was replaced or has hooks, or
-                an option is out of range.
+            Error: the model's vocabulary is not that of bytes, a module was replaced or has hooks,
+                or an option is out of range.
         """
         self._session = _C.Session(_native(model), piece, _checked_seed(seed))
 
@@ -126,13 +127,16 @@ class Session:
         return written.decode("utf-8", "surrogateescape")
 
     def logits(self) -> Tensor:
-        """Logits of the next token, fp32 [vocabulary] on the CPU, a copy; all 0 in a fresh session."""
+        """Logits of the next token, fp32 [vocabulary] on the CPU; all 0 in a fresh session."""
         return self._session.logits()
 
     def state(self) -> dict[str, Tensor]:
-        """Name → tensor, copies of everything that decides the next token: `layers.N.memory.state`,
-        `layers.N.memory.conv`, `layers.N.attention.key`, `layers.N.attention.value`, `position`,
-        `logits`, `generator` (the bits of its seed, and its draws)."""
+        """Name → tensor, copies of everything that decides the next token.
+
+        They are `layers.N.memory.state`, `layers.N.memory.conv`, `layers.N.attention.key`,
+        `layers.N.attention.value`, `position`, `logits`, and `generator` (the bits of its seed, and
+        its draws).
+        """
         return self._session.state()
 
     @property
@@ -145,8 +149,9 @@ class Session:
         return [LogCall(kind, text) for kind, text in self._session.log()]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Saves the session in a file that only its owner can read, bound to the model. The file
-        holds everything that was read.
+        """Saves the session in a file that only its owner can read, bound to the model.
+
+        The file holds everything that was read.
 
         Raises:
             FileError: then whatever stood at `path` is untouched.

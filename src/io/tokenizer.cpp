@@ -7,10 +7,8 @@
 namespace fastweights::io {
 
 std::vector<std::int64_t> ByteTokenizer::encode(std::string_view text) const {
-  std::vector<std::int64_t> tokens;
-  tokens.reserve(text.size());
-  for (const char byte : text) tokens.push_back(static_cast<unsigned char>(byte));
-  return tokens;
+  const auto* const bytes = reinterpret_cast<const unsigned char*>(text.data());
+  return std::vector<std::int64_t>(bytes, bytes + text.size());
 }
 
 std::string ByteTokenizer::decode(std::span<const std::int64_t> tokens) const {

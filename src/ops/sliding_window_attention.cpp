@@ -1,221 +1,372 @@
 #include "fastweights/ops/sliding_window_attention.hpp"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <vector>
 
+#include "compute_type.hpp"
+#include "fastweights/core/sliding_window_attention.hpp"
 #include "layer_checks.hpp"
+#include "layer_op.hpp"
 
 namespace fastweights {
 namespace {
 
+using at::Tensor;
+using c10::SymInt;
+using detail::Tensors;
+using OptionalTensor = std::optional<Tensor>;
+
 constexpr std::string_view kOp = "sliding_window_attention";
 
-using OptionalTensor = std::optional<at::Tensor>;
-using SymInt = c10::SymInt;
+Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 
-// Cosine and sine [B, T, 1, D / 4] of every token's angles, formed in fp64.
-struct Rotation {
-  at::Tensor cosine, sine;
-};
-
-Rotation rotation(const at::Tensor& position, const SymInt& tokens, const SymInt& head_size,
-                  double base, at::ScalarType type) {
-  const auto fp64 = position.options().dtype(at::kDouble);
-  const auto pairs = head_size / 4;
-  const auto exponent = at::arange(pairs, fp64) / pairs;
-  const auto frequency = at::pow(base, exponent.neg());
-  const auto index = position.unsqueeze(1) + at::arange(tokens, position.options());
-  const auto angle = index.to(at::kDouble).unsqueeze(-1) * frequency;
-  return {angle.cos().to(type).unsqueeze(2), angle.sin().to(type).unsqueeze(2)};
+OptionalTensor if_defined(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-// Rotates the first half of the last dimension of x [B, T, heads, D].
-at::Tensor rotate(const at::Tensor& x, const Rotation& by) {
-  const auto quarter = x.sym_size(-1) / 4;
-  const auto a = x.narrow_symint(-1, 0, quarter);
-  const auto b = x.narrow_symint(-1, quarter, quarter);
-  const auto rest = x.narrow_symint(-1, quarter * 2, quarter * 2);
-  return at::cat({(a * by.cosine - b * by.sine).to(x.scalar_type()),
-                  (b * by.cosine + a * by.sine).to(x.scalar_type()), rest},
-                 -1);
+// ---- rotary_embedding ----------------------------------------------------------------------------
+
+void check_rotary(const Tensor& x, const Tensor& position, int64_t heads) {
+  constexpr std::string_view kRotary = "rotary_embedding";
+  detail::check_dim(kRotary, "x", x, "[B, T, heads * D]", 3);
+  detail::check_floating(kRotary, "x", x);
+  detail::check_that(heads > 0 && x.sym_size(2) % (heads * 4) == 0, kRotary,
+                     "the width of x must be a multiple of 4 * heads");
+  detail::check_shape(kRotary, "position", position, "[B]", {x.sym_size(0)});
+  detail::check_that(position.scalar_type() == at::kLong, kRotary, "position must be int64");
 }
 
-struct Cache {
-  at::Tensor key, value;  // [B, window, heads, D]
-};
-
-// Index [B, count] of the ring slots of the tokens `first ... first + count - 1`, first [B].
-at::Tensor slots(const at::Tensor& first, const SymInt& count, int64_t window) {
-  return (first.unsqueeze(1) + at::arange(count, first.options())).remainder(window);
+Tensor rotary_cpu(const Tensor& x_in, const Tensor& position_in, int64_t heads, double base,
+                  bool inverse) {
+  check_rotary(x_in, position_in, heads);
+  const auto x = x_in.contiguous();
+  const auto position = position_in.contiguous();
+  auto y = detail::empty_as(x);
+  cpu::rotary_embedding({x.size(0), x.size(1), heads, x.size(2) / heads, base, inverse,
+                         position.const_data_ptr<int64_t>(), detail::const_array(x),
+                         detail::array(y)},
+                        detail::parallel_executor());
+  return y;
 }
 
-at::Tensor over_heads(const at::Tensor& index, const at::Tensor& like) {
-  return index.unsqueeze(-1).unsqueeze(-1).expand_symint(
-      {index.sym_size(0), index.sym_size(1), like.sym_size(2), like.sym_size(3)});
+Tensor rotary_meta(const Tensor& x, const Tensor& position, int64_t heads, double, bool) {
+  check_rotary(x, position, heads);
+  return detail::empty_as(x);
 }
 
-// The ring in the order of time: the `window` tokens before `position`.
-at::Tensor unroll(const at::Tensor& ring, const at::Tensor& position, int64_t window) {
-  return ring.gather(1, over_heads(slots(position, window, window), ring));
+using RotarySignature = Tensor(const Tensor&, const Tensor&, int64_t, double, bool);
+
+Tensor call_rotary(const Tensor& x, const Tensor& position, int64_t heads, double base,
+                   bool inverse) {
+  static const auto op = detail::find_operator<RotarySignature>("fastweights::rotary_embedding");
+  return op.call(x, position, heads, base, inverse);
 }
 
-// The ring after the tokens x [B, T, heads, D], the first of which has index `position`.
-at::Tensor roll_in(const at::Tensor& ring, const at::Tensor& x, const at::Tensor& position,
-                   int64_t window, bool in_place) {
-  const auto tokens = x.sym_size(1);
-  const auto kept = tokens < window ? tokens : SymInt(window);
-  const auto newest = x.narrow_symint(1, tokens - kept, kept).to(ring.scalar_type());
-  const auto index = over_heads(slots(position + (tokens - kept), kept, window), ring);
-  return in_place ? ring.scatter_(1, index, newest) : ring.scatter(1, index, newest);
+// A rotation is linear and orthogonal: its gradient is rotated back.
+Tensor rotary_autograd(const Tensor& x, const Tensor& position, int64_t heads, double base,
+                       bool inverse) {
+  const auto forward = [&] { return Tensors{call_rotary(x, position, heads, base, inverse)}; };
+  return detail::record("rotary_embedding", {x, position}, forward,
+                        [=](const Tensor& d_y, const Tensors& inputs, const Tensors&) {
+                          return Tensors{call_rotary(d_y, inputs[1], heads, base, !inverse), {}};
+                        })[0];
 }
 
-// True where query i of a block may see key j of [window keys before the block, the block, sinks]:
-// [block, window + block + sinks].
-at::Tensor band(const SymInt& block, int64_t window, const SymInt& sinks, at::TensorOptions options) {
-  const auto i = at::arange(block, options).unsqueeze(1);
-  const auto j = at::arange(block + window, options);
-  const auto near = (j > i).logical_and(j <= i + window);
-  return at::cat({near, near.new_ones_symint({block, sinks})}, 1);
-}
+// ---- attention, without the update of the ring ---------------------------------------------------
 
-// band() for the first block, [B, 1, block, keys]: keys before the row's first token are hidden.
-at::Tensor first_band(const at::Tensor& band, const at::Tensor& seen, int64_t window) {
-  const auto age = at::arange(window, 0, -1, seen.options());
-  const auto filled = age <= seen.unsqueeze(1);  // [B, window]
-  const auto others = filled.new_ones_symint({filled.sym_size(0), band.sym_size(1) - window});
-  return band.logical_and(at::cat({filled, others}, 1).unsqueeze(1)).unsqueeze(1);
-}
+// The tensors of a call; the caches are undefined if there are none.
+struct Call {
+  Tensor query, key, value, sink_key, sink_value, cache_key, cache_value, position;
+  int64_t heads, window;
+  double rope_base;
 
-// Queries [N, block, heads, D] against keys and values [N, keys, heads, D].
-at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                  const at::Tensor& mask) {
-  return at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                          mask)
-      .transpose(1, 2);
-}
-
-// x [B, T, heads, D] -> [B, blocks + 1, window, heads, D] with `before` in front, zeros at the end.
-at::Tensor in_blocks(const at::Tensor& before, const at::Tensor& x, int64_t window) {
-  const auto missing = (SymInt(window) - x.sym_size(1) % window) % window;
-  const auto end = x.new_zeros_symint({x.sym_size(0), missing, x.sym_size(2), x.sym_size(3)});
-  const auto all = at::cat({before.to(x.scalar_type()), x, end}, 1);
-  return all.unflatten_symint(1, {all.sym_size(1) / window, window});
-}
-
-at::Tensor sinks_of(const at::Tensor& sink, const SymInt& count) {
-  return sink.transpose(0, 1).unsqueeze(0).expand_symint(
-      {count, sink.sym_size(1), sink.sym_size(0), sink.sym_size(2)});
-}
-
-// At most `window` queries: one block.
-at::Tensor attend_short(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                        const Cache& before, const Cache& sinks, const at::Tensor& seen,
-                        int64_t window) {
-  const auto batch = q.sym_size(0);
-  const auto mask = band(q.sym_size(1), window, sinks.key.sym_size(1), seen.options());
-  return attend(q, at::cat({before.key, k, sinks_of(sinks.key, batch)}, 1),
-                at::cat({before.value, v, sinks_of(sinks.value, batch)}, 1),
-                first_band(mask, seen, window));
-}
-
-// Blocks of `window` queries, each against the block before it and itself.
-at::Tensor attend_long(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                       const Cache& before, const Cache& sinks, const at::Tensor& seen,
-                       int64_t window) {
-  const auto batch = q.sym_size(0);
-  const auto keys = in_blocks(before.key, k, window);
-  const auto values = in_blocks(before.value, v, window);
-  const auto queries = in_blocks(q.narrow(1, 0, 0), q, window);
-  const auto blocks = queries.sym_size(1);
-  const auto pairs = [&](const at::Tensor& x, const at::Tensor& sink) {
-    const auto previous = x.narrow_symint(1, 0, blocks).flatten(0, 1);
-    const auto current = x.narrow_symint(1, 1, blocks).flatten(0, 1);
-    return at::cat({previous, current, sinks_of(sink, batch * blocks)}, 1);
-  };
-  const auto mask = band(window, window, sinks.key.sym_size(1), seen.options());
-  const auto first = first_band(mask, seen, window).unsqueeze(1);
-  const auto rest = mask.expand_symint(
-      {batch, blocks - 1, 1, mask.sym_size(0), mask.sym_size(1)});
-  const auto o = attend(queries.flatten(0, 1), pairs(keys, sinks.key),
-                        pairs(values, sinks.value), at::cat({first, rest}, 1).flatten(0, 1));
-  return o.unflatten_symint(0, {batch, blocks}).flatten(1, 2).narrow_symint(1, 0, q.sym_size(1));
-}
-
-void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-           const at::Tensor& sink_key, const at::Tensor& sink_value, const at::Tensor& position,
-           const SlidingWindowAttentionParams& params) {
-  detail::check_that(params.heads > 0 && params.window > 0, kOp,
-                     "heads and window must be positive");
-  detail::check_dim(kOp, "query", query, "[B, T, heads * D]", 3);
-  detail::check_that(query.sym_size(2) % (params.heads * 4) == 0, kOp,
-                     "the width of query must be a multiple of 4 * heads");
-  const auto size = query.sym_size(2) / params.heads;
-  detail::check_shape(kOp, "key", key, "[B, T, heads * D]", query.sym_sizes());
-  detail::check_shape(kOp, "value", value, "[B, T, heads * D]", query.sym_sizes());
-  detail::check_dim(kOp, "sink_key", sink_key, "[heads, S, D / 2]", 3);
-  const auto sinks = sink_key.sym_size(1);
-  detail::check_shape(kOp, "sink_key", sink_key, "[heads, S, D / 2]",
-                      {params.heads, sinks, size / 2});
-  detail::check_shape(kOp, "sink_value", sink_value, "[heads, S, D]", {params.heads, sinks, size});
-  detail::check_shape(kOp, "position", position, "[B]", {query.sym_size(0)});
-  detail::check_that(position.scalar_type() == at::kLong, kOp, "position must be int64");
-}
-
-Cache cache_or_empty(const OptionalTensor& key, const OptionalTensor& value,
-                     const at::Tensor& like, const SlidingWindowAttentionParams& params) {
-  const std::vector<SymInt> shape{like.sym_size(0), params.window, params.heads,
-                                  like.sym_size(2) / params.heads};
-  detail::check_that(key.has_value() == value.has_value(), kOp,
-                     "cache_key and cache_value must be given together");
-  if (!key.has_value()) {
-    return {at::zeros_symint(shape, like.options()), at::zeros_symint(shape, like.options())};
+  Call contiguous() const {
+    Call call = *this;
+    for (auto* tensor : {&call.query, &call.key, &call.value, &call.sink_key, &call.sink_value,
+                         &call.cache_key, &call.cache_value, &call.position}) {
+      if (tensor->defined()) *tensor = tensor->contiguous();
+    }
+    return call;
   }
-  detail::check_shape(kOp, "cache_key", *key, "[B, window, heads, D]", shape);
-  detail::check_shape(kOp, "cache_value", *value, "[B, window, heads, D]", shape);
-  return {*key, *value};
+};
+
+void check_types(const Call& call) {
+  const auto check = [&](std::string_view name, const Tensor& tensor) {
+    detail::check_floating(kOp, name, tensor);
+    detail::check_that(tensor.scalar_type() == call.query.scalar_type(), kOp,
+                       std::string(name) + " must have the type of query");
+  };
+  check("query", call.query);
+  check("key", call.key);
+  check("value", call.value);
+  detail::check_floating(kOp, "sink_key", call.sink_key);
+  detail::check_floating(kOp, "sink_value", call.sink_value);
+  detail::check_that(call.position.scalar_type() == at::kLong, kOp, "position must be int64");
+}
+
+void check_cache(const Call& call) {
+  const std::vector<SymInt> shape{call.query.sym_size(0), call.window, call.heads,
+                                  call.query.sym_size(2) / call.heads};
+  detail::check_that(call.cache_key.defined() == call.cache_value.defined(), kOp,
+                     "cache_key and cache_value must be given together");
+  if (!call.cache_key.defined()) return;
+  detail::check_shape(kOp, "cache_key", call.cache_key, "[B, window, heads, D]", shape);
+  detail::check_shape(kOp, "cache_value", call.cache_value, "[B, window, heads, D]", shape);
+}
+
+void check(const Call& call) {
+  detail::check_that(call.heads > 0 && call.window > 0, kOp, "heads and window must be positive");
+  const auto& query = call.query;
+  detail::check_dim(kOp, "query", query, "[B, T, heads * D]", 3);
+  detail::check_that(query.sym_size(2) % (call.heads * 4) == 0, kOp,
+                     "the width of query must be a multiple of 4 * heads");
+  const auto size = query.sym_size(2) / call.heads;
+  detail::check_shape(kOp, "key", call.key, "[B, T, heads * D]", query.sym_sizes());
+  detail::check_shape(kOp, "value", call.value, "[B, T, heads * D]", query.sym_sizes());
+  detail::check_dim(kOp, "sink_key", call.sink_key, "[heads, S, D / 2]", 3);
+  const auto sinks = call.sink_key.sym_size(1);
+  detail::check_shape(kOp, "sink_key", call.sink_key, "[heads, S, D / 2]",
+                      {call.heads, sinks, size / 2});
+  detail::check_shape(kOp, "sink_value", call.sink_value, "[heads, S, D]",
+                      {call.heads, sinks, size});
+  detail::check_shape(kOp, "position", call.position, "[B]", {query.sym_size(0)});
+  check_cache(call);
+  check_types(call);
+}
+
+// Parameters without o and log_sum; `call` must be contiguous and outlive them.
+cpu::SlidingWindowAttentionParams kernel_params(const Call& call) {
+  cpu::SlidingWindowAttentionParams params;
+  params.batch = call.query.size(0);
+  params.tokens = call.query.size(1);
+  params.heads = call.heads;
+  params.size = call.query.size(2) / call.heads;
+  params.sinks = call.sink_key.size(1);
+  params.window = call.window;
+  params.rope_base = call.rope_base;
+  params.position = call.position.const_data_ptr<int64_t>();
+  params.query = detail::const_array(call.query);
+  params.key = detail::const_array(call.key);
+  params.value = detail::const_array(call.value);
+  params.sink_key = detail::const_array(call.sink_key);
+  params.sink_value = detail::const_array(call.sink_value);
+  params.cache_key = detail::const_array(call.cache_key);
+  params.cache_value = detail::const_array(call.cache_value);
+  return params;
+}
+
+// Starting threads costs more than a step of a few queries.
+core::Executor executor_for(const cpu::SlidingWindowAttentionParams& params) {
+  constexpr int64_t kFewScores = 1024;
+  const auto scores = params.batch * params.heads * params.tokens * params.window;
+  return scores <= kFewScores ? core::serial_executor() : detail::parallel_executor();
+}
+
+Tensor empty_log_sum(const Call& call) {
+  return at::empty_symint({call.query.sym_size(0), call.heads, call.query.sym_size(1)},
+                          call.query.options().dtype(detail::compute_type(call.query)));
+}
+
+std::tuple<Tensor, Tensor> attend_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
+                                      const Tensor& sink_key, const Tensor& sink_value,
+                                      const OptionalTensor& cache_key,
+                                      const OptionalTensor& cache_value, const Tensor& position,
+                                      int64_t heads, int64_t window, double rope_base) {
+  const Call call = Call{query, key, value, sink_key, sink_value, or_undefined(cache_key),
+                         or_undefined(cache_value), position, heads, window, rope_base}
+                        .contiguous();
+  check(call);
+  auto o = detail::empty_as(call.query);
+  auto log_sum = empty_log_sum(call);
+  auto params = kernel_params(call);
+  params.o = detail::array(o);
+  params.log_sum = detail::array(log_sum);
+  cpu::sliding_window_attention(params, executor_for(params));
+  return {o, log_sum};
+}
+
+std::tuple<Tensor, Tensor> attend_meta(const Tensor& query, const Tensor& key,
+                                       const Tensor& value, const Tensor& sink_key,
+                                       const Tensor& sink_value, const OptionalTensor& cache_key,
+                                       const OptionalTensor& cache_value, const Tensor& position,
+                                       int64_t heads, int64_t window, double rope_base) {
+  const Call call{query, key, value, sink_key, sink_value, or_undefined(cache_key),
+                  or_undefined(cache_value), position, heads, window, rope_base};
+  check(call);
+  return {detail::empty_as(query), empty_log_sum(call)};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Gradients of query, key, value, the sinks and, if wanted, the caches (else empty tensors).
+template <class Make>
+Gradients make_gradients(const Call& call, bool cache_gradients, const Make& make) {
+  const auto cache = [&](const Tensor& tensor) {
+    return cache_gradients ? make(tensor) : at::empty({0}, call.query.options());
+  };
+  return {make(call.query),    make(call.key),        make(call.value),       make(call.sink_key),
+          make(call.sink_value), cache(call.cache_key), cache(call.cache_value)};
+}
+
+Gradients attend_backward_cpu(const Tensor& d_o, const Tensor& query, const Tensor& key,
+                              const Tensor& value, const Tensor& sink_key,
+                              const Tensor& sink_value, const OptionalTensor& cache_key,
+                              const OptionalTensor& cache_value, const Tensor& position,
+                              const Tensor& o, const Tensor& log_sum, int64_t heads,
+                              int64_t window, double rope_base, bool cache_gradients) {
+  const Call call = Call{query, key, value, sink_key, sink_value, or_undefined(cache_key),
+                         or_undefined(cache_value), position, heads, window, rope_base}
+                        .contiguous();
+  const auto outer = d_o.contiguous();
+  const auto make = [](const Tensor& tensor) {
+    return at::zeros(tensor.sizes(), tensor.options());
+  };
+  auto gradients = make_gradients(call, cache_gradients, make);
+  const auto& [d_query, d_key, d_value, d_sink_key, d_sink_value, d_cache_key, d_cache_value] =
+      gradients;
+  auto params = kernel_params(call);
+  params.o = detail::array(o);
+  params.log_sum = detail::array(log_sum);
+  const auto no_array = core::Array{};
+  cpu::sliding_window_attention_backward(
+      params,
+      {detail::const_array(outer), detail::array(d_query), detail::array(d_key),
+       detail::array(d_value), detail::array(d_sink_key), detail::array(d_sink_value),
+       cache_gradients ? detail::array(d_cache_key) : no_array,
+       cache_gradients ? detail::array(d_cache_value) : no_array},
+      detail::parallel_executor());
+  return gradients;
+}
+
+Gradients attend_backward_meta(const Tensor&, const Tensor& query, const Tensor& key,
+                               const Tensor& value, const Tensor& sink_key,
+                               const Tensor& sink_value, const OptionalTensor& cache_key,
+                               const OptionalTensor& cache_value, const Tensor& position,
+                               const Tensor&, const Tensor&, int64_t heads, int64_t window,
+                               double rope_base, bool cache_gradients) {
+  const Call call{query, key, value, sink_key, sink_value, or_undefined(cache_key),
+                  or_undefined(cache_value), position, heads, window, rope_base};
+  return make_gradients(call, cache_gradients,
+                        [](const Tensor& tensor) { return detail::empty_as(tensor); });
+}
+
+using AttendSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                   const Tensor&, const Tensor&,
+                                                   const OptionalTensor&, const OptionalTensor&,
+                                                   const Tensor&, int64_t, int64_t, double);
+using AttendBackwardSignature = Gradients(const Tensor&, const Tensor&, const Tensor&,
+                                          const Tensor&, const Tensor&, const Tensor&,
+                                          const OptionalTensor&, const OptionalTensor&,
+                                          const Tensor&, const Tensor&, const Tensor&, int64_t,
+                                          int64_t, double, bool);
+
+std::tuple<Tensor, Tensor> call_attend(const Call& call) {
+  static const auto op =
+      detail::find_operator<AttendSignature>("fastweights::_sliding_window_attention");
+  return op.call(call.query, call.key, call.value, call.sink_key, call.sink_value,
+                 if_defined(call.cache_key), if_defined(call.cache_value), call.position,
+                 call.heads, call.window, call.rope_base);
+}
+
+Tensors attend_gradients(const Tensor& d_o, const Tensors& inputs, const Tensors& outputs,
+                         int64_t heads, int64_t window, double rope_base, bool cache_gradients) {
+  static const auto op = detail::find_operator<AttendBackwardSignature>(
+      "fastweights::_sliding_window_attention_backward");
+  auto [d_query, d_key, d_value, d_sink_key, d_sink_value, d_cache_key, d_cache_value] =
+      op.call(d_o, inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], if_defined(inputs[5]),
+              if_defined(inputs[6]), inputs[7], outputs[0], outputs[1], heads, window, rope_base,
+              cache_gradients);
+  if (!cache_gradients) d_cache_key = d_cache_value = Tensor();
+  return {d_query, d_key, d_value, d_sink_key, d_sink_value, d_cache_key, d_cache_value, {}};
+}
+
+std::tuple<Tensor, Tensor> attend_autograd(const Tensor& query, const Tensor& key,
+                                           const Tensor& value, const Tensor& sink_key,
+                                           const Tensor& sink_value,
+                                           const OptionalTensor& cache_key,
+                                           const OptionalTensor& cache_value,
+                                           const Tensor& position, int64_t heads, int64_t window,
+                                           double rope_base) {
+  const Call call{query, key, value, sink_key, sink_value, or_undefined(cache_key),
+                  or_undefined(cache_value), position, heads, window, rope_base};
+  const bool cache_gradients = call.cache_key.defined() && (call.cache_key.requires_grad() ||
+                                                            call.cache_value.requires_grad());
+  const auto forward = [&] {
+    auto [o, log_sum] = call_attend(call);
+    return Tensors{o, log_sum};
+  };
+  const auto results = detail::record(
+      kOp.data(),
+      {query, key, value, sink_key, sink_value, call.cache_key, call.cache_value, position},
+      forward, [=](const Tensor& d_o, const Tensors& inputs, const Tensors& outputs) {
+        return attend_gradients(d_o, inputs, outputs, heads, window, rope_base, cache_gradients);
+      });
+  return {results[0], results[1]};
+}
+
+// ---- the ring ------------------------------------------------------------------------------------
+
+// Index [B * count] of rows of a [B * window, heads * D] ring: the slots of `count` tokens from `first`.
+Tensor slots(const Tensor& first, const SymInt& count, int64_t window) {
+  const auto options = first.options();
+  const auto slot = (first.unsqueeze(1) + at::arange(count, options)).remainder(window);
+  const auto row = at::arange(first.sym_size(0), options) * window;
+  return (slot + row.unsqueeze(1)).flatten();
+}
+
+// The ring after the rows x [B, count, heads * D] of the tokens whose slots are `index`.
+Tensor roll_in(const Tensor& ring, const Tensor& x, const Tensor& index, bool in_place) {
+  const auto rows = x.to(ring.scalar_type()).flatten(0, 1);
+  if (in_place) {
+    ring.view_symint({-1, x.sym_size(2)}).index_copy_(0, index, rows);
+    return ring;
+  }
+  return ring.reshape_symint({-1, x.sym_size(2)}).index_copy(0, index, rows).view_symint(
+      ring.sym_sizes());
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sliding_window_attention(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& sink_key, const at::Tensor& sink_value, const OptionalTensor& cache_key,
-    const OptionalTensor& cache_value, const at::Tensor& position,
-    const SlidingWindowAttentionParams& params) {
-  check(query, key, value, sink_key, sink_value, position, params);
-  const auto window = params.window;
-  const auto cache = cache_or_empty(cache_key, cache_value, query, params);
-  const auto split = [&](const at::Tensor& x) {
-    return x.unflatten_symint(2, {params.heads, x.sym_size(2) / params.heads});
-  };
-  const auto tokens = query.sym_size(1);
-  const auto v = split(value);
-  const auto by = rotation(position, tokens, v.sym_size(3), params.rope_base,
-                           v.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  const auto q = rotate(split(query), by);
-  const auto k = rotate(split(key), by);
+Tensor rotary_embedding(const Tensor& x, const Tensor& position, int64_t heads, double base) {
+  return call_rotary(x, position, heads, base, false);
+}
 
-  const auto type = query.scalar_type();
-  const Cache before{unroll(cache.key, position, window).to(type),
-                     unroll(cache.value, position, window).to(type)};
-  const Cache sinks{at::cat({at::zeros_like(sink_key), sink_key}, -1).to(type),
-                    sink_value.to(type)};
-  const auto seen = cache_key.has_value() ? position : at::zeros_like(position);
-  const auto o = tokens <= window ? attend_short(q, k, v, before, sinks, seen, window)
-                                  : attend_long(q, k, v, before, sinks, seen, window);
-  return {o.flatten(2), roll_in(cache.key, k, position, window, params.in_place),
-          roll_in(cache.value, v, position, window, params.in_place)};
+std::tuple<Tensor, Tensor, Tensor> sliding_window_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& sink_key,
+    const Tensor& sink_value, const OptionalTensor& cache_key, const OptionalTensor& cache_value,
+    const Tensor& position, const SlidingWindowAttentionParams& params) {
+  const Call call{query,        key,    value,        sink_key,
+                  sink_value,   or_undefined(cache_key), or_undefined(cache_value), position,
+                  params.heads, params.window, params.rope_base};
+  check(call);
+  const auto o = std::get<0>(call_attend(call));
+
+  const auto tokens = query.sym_size(1);
+  const auto kept = tokens < params.window ? tokens : SymInt(params.window);
+  const auto first = position + (tokens - kept);
+  const auto index = slots(first, kept, params.window);
+  const auto newest_key = rotary_embedding(key.narrow_symint(1, tokens - kept, kept), first,
+                                           params.heads, params.rope_base);
+  const auto newest_value = value.narrow_symint(1, tokens - kept, kept);
+  const auto ring = [&](const OptionalTensor& given) {
+    return given ? *given
+                 : at::zeros_symint({query.sym_size(0), params.window, params.heads,
+                                     query.sym_size(2) / params.heads},
+                                    query.options());
+  };
+  return {o, roll_in(ring(cache_key), newest_key, index, params.in_place),
+          roll_in(ring(cache_value), newest_value, index, params.in_place)};
 }
 
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sliding_window_attention_op(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& sink_key, const at::Tensor& sink_value, const OptionalTensor& cache_key,
-    const OptionalTensor& cache_value, const at::Tensor& position, int64_t heads, int64_t window,
-    double rope_base, bool in_place) {
+std::tuple<Tensor, Tensor, Tensor> sliding_window_attention_op(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& sink_key,
+    const Tensor& sink_value, const OptionalTensor& cache_key, const OptionalTensor& cache_value,
+    const Tensor& position, int64_t heads, int64_t window, double rope_base, bool in_place) {
   return sliding_window_attention(query, key, value, sink_key, sink_value, cache_key, cache_value,
                                   position, {heads, window, rope_base, in_place});
 }
@@ -229,4 +380,31 @@ TORCH_LIBRARY_FRAGMENT(fastweights, m) {
         "int window, float rope_base, bool in_place=False) "
         "-> (Tensor o, Tensor cache_key, Tensor cache_value)",
         &fastweights::sliding_window_attention_op);
+  m.def("rotary_embedding(Tensor x, Tensor position, int heads, float base, bool inverse=False) "
+        "-> Tensor");
+  m.def("_sliding_window_attention(Tensor query, Tensor key, Tensor value, Tensor sink_key, "
+        "Tensor sink_value, Tensor? cache_key, Tensor? cache_value, Tensor position, int heads, "
+        "int window, float rope_base) -> (Tensor o, Tensor log_sum)");
+  m.def("_sliding_window_attention_backward(Tensor d_o, Tensor query, Tensor key, Tensor value, "
+        "Tensor sink_key, Tensor sink_value, Tensor? cache_key, Tensor? cache_value, "
+        "Tensor position, Tensor o, Tensor log_sum, int heads, int window, float rope_base, "
+        "bool cache_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(fastweights, CPU, m) {
+  m.impl("rotary_embedding", fastweights::rotary_cpu);
+  m.impl("_sliding_window_attention", fastweights::attend_cpu);
+  m.impl("_sliding_window_attention_backward", fastweights::attend_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastweights, Meta, m) {
+  m.impl("rotary_embedding", fastweights::rotary_meta);
+  m.impl("_sliding_window_attention", fastweights::attend_meta);
+  m.impl("_sliding_window_attention_backward", fastweights::attend_backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(fastweights, Autograd, m) {
+  m.impl("rotary_embedding", fastweights::rotary_autograd);
+  m.impl("_sliding_window_attention", fastweights::attend_autograd);
+  m.impl("_sliding_window_attention_backward", torch::autograd::autogradNotImplementedFallback());
 }

@@ -27,7 +27,8 @@ class Hasher {
     const at::Tensor plain = tensor.detach().cpu().contiguous();
     add(name);
     add(c10::toString(plain.scalar_type()));
-    add({reinterpret_cast<const char*>(plain.sizes().data()), plain.sizes().size() * sizeof(int64_t)});
+    add({reinterpret_cast<const char*>(plain.sizes().data()),
+         plain.sizes().size() * sizeof(int64_t)});
     add({static_cast<const char*>(plain.const_data_ptr()), plain.nbytes()});
   }
 

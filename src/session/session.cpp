@@ -66,9 +66,10 @@ at::Tensor advance(Place& place, const nn::LanguageModelImpl& model, const Token
 
 /// −log2 p of each token: the first under the logits `before` it, the others under `rows`, which
 /// are the logits after each token.
-at::Tensor bits_of(std::span<const std::int64_t> tokens, const at::Tensor& before, const at::Tensor& rows) {
-  const at::Tensor ahead =
-      at::cat({before.unsqueeze(0), rows.slice(0, 0, static_cast<std::int64_t>(tokens.size()) - 1)});
+at::Tensor bits_of(std::span<const std::int64_t> tokens, const at::Tensor& before,
+                   const at::Tensor& rows) {
+  const at::Tensor ahead = at::cat(
+      {before.unsqueeze(0), rows.slice(0, 0, static_cast<std::int64_t>(tokens.size()) - 1)});
   const at::Tensor ids = to_tensor(tokens).to(rows.device()).unsqueeze(1);
   return at::log_softmax(ahead, 1).gather(1, ids).squeeze(1).mul(-1.0 / std::log(2.0)).cpu();
 }
@@ -148,18 +149,26 @@ at::Tensor to_tensor(const Generator& generator) {
 
 io::ScalarType stored_type(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kDouble: return io::ScalarType::F64;
-    case at::kFloat: return io::ScalarType::F32;
-    case at::kHalf: return io::ScalarType::F16;
-    case at::kBFloat16: return io::ScalarType::BF16;
-    case at::kLong: return io::ScalarType::I64;
-    default: throw Error(std::string("session: a state of type ") +
-                         c10::toString(tensor.scalar_type()) + " cannot be saved");
+    case at::kDouble:
+      return io::ScalarType::F64;
+    case at::kFloat:
+      return io::ScalarType::F32;
+    case at::kHalf:
+      return io::ScalarType::F16;
+    case at::kBFloat16:
+      return io::ScalarType::BF16;
+    case at::kLong:
+      return io::ScalarType::I64;
+    default:
+      throw Error(std::string("session: a state of type ") + c10::toString(tensor.scalar_type()) +
+                  " cannot be saved");
   }
 }
 
 io::TensorData stored(const std::string& name, const at::Tensor& tensor) {
-  return {name, stored_type(tensor), tensor.sizes().vec(),
+  return {name,
+          stored_type(tensor),
+          tensor.sizes().vec(),
           {static_cast<const std::byte*>(tensor.const_data_ptr()), tensor.nbytes()}};
 }
 

@@ -180,8 +180,7 @@ std::vector<LogCall> unpack(Bytes records) {
 }
 
 SessionLog parse_log(const io::SafetensorsView& view) {
-  const auto vocabulary =
-      number<std::int64_t>(view, "vocabulary_size", 1, std::int64_t{1} << 32);
+  const auto vocabulary = number<std::int64_t>(view, "vocabulary_size", 1, std::int64_t{1} << 32);
   const std::size_t width = SessionLog(vocabulary).bytes_per_token();
   const Bytes tokens = log_tensor(view, kLogTokens, io::ScalarType::U8, width);
   const Bytes calls = log_tensor(view, kLogCalls, io::ScalarType::I64, kCallFields);
@@ -224,8 +223,7 @@ std::vector<std::byte> serialize_state_file(const StateFile& file) {
   const auto width = static_cast<std::int64_t>(file.log.bytes_per_token());
   const std::vector<std::byte> calls = pack(file.log.calls());
   std::vector<io::TensorData> tensors = file.tensors;
-  tensors.push_back(
-      {kLogTokens, io::ScalarType::U8, {file.log.size(), width}, file.log.packed()});
+  tensors.push_back({kLogTokens, io::ScalarType::U8, {file.log.size(), width}, file.log.packed()});
   tensors.push_back({kLogCalls,
                      io::ScalarType::I64,
                      {std::ssize(file.log.calls()), std::int64_t{kCallFields}},

@@ -13,7 +13,7 @@ SETTINGS: dict[str, Sequence[Any]] = {
     "tokens": (0, 1, 63, 64, 65, 1000),
     "sizes": ((64, 64), (60, 100), (100, 60), (256, 1), (1, 256), (128, 32)),  # K, V
     "heads": ((1, 1), (2, 2), (2, 4), (1, 3)),  # H, HV
-    "gate": ("none", "mild", "tiny", "extreme", "forgetting"),
+    "gate": ("none", "mild", "mixed", "forgetting", "0", "-1e-6", "-50", "-inf"),
     "beta": ("unit", "two", "mixed"),
     "dtype": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "gates_in_fp32": (False, True),
@@ -25,7 +25,7 @@ SETTINGS: dict[str, Sequence[Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a rule. `gate` "none" is the rule without a gate."""
+    """One call of a rule. `gate` "none" is the rule without a gate; a number is the same for all."""
 
     tokens: int = 65
     sizes: tuple[int, int] = (16, 24)
@@ -140,10 +140,10 @@ def _gate(kind: str, uniform: Tensor) -> Tensor | None:
         return None
     if kind == "mild":
         return -uniform
-    if kind == "tiny":
-        return torch.full_like(uniform, -1e-6)
     if kind == "forgetting":
         return torch.where(uniform < 0.1, -torch.inf, -uniform)
+    if kind != "mixed":
+        return torch.full_like(uniform, float(kind))
     choices = torch.tensor([0.0, -1e-6, -50.0, -torch.inf, -0.1])
     return choices[(uniform * len(choices)).long()]
 

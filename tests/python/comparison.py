@@ -31,6 +31,7 @@ def relative_error(given: Tensor, expected: Tensor) -> float:
 
 
 def assert_near(name: str, given: Tensor, expected: Tensor, tolerance: float) -> None:
+    given, expected = given.detach(), expected.detach()
     assert given.shape == expected.shape, f"{name}: {given.shape} instead of {expected.shape}"
     assert torch.isfinite(given).all(), f"{name} is not finite"
     error = relative_error(given, expected)

@@ -1,7 +1,11 @@
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules that tests share
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ PACKINGS = ((0, 15), (0, 0, 15, 15, 79, 143, 143), (0, 1, 2, 66), (0, 256, 500, 
 def packed_cases() -> list[Case]:
     cases = []
     for cu_seqlens in PACKINGS:
-        for gate in ("none", "extreme"):
+        for gate in ("none", "mixed"):
             for dtype in (torch.float32, torch.bfloat16):
                 cases.append(
                     Case(tokens=cu_seqlens[-1], gate=gate, dtype=dtype, cu_seqlens=cu_seqlens)
@@ -29,9 +29,8 @@ def packed_cases() -> list[Case]:
 
 def gradients(inputs: Inputs, o: Tensor, state: Tensor | None) -> dict[str, Tensor]:
     named = inputs.tensors()
-    return dict(
-        zip(named, torch.autograd.grad(loss_of(o, state), list(named.values())), strict=True)
-    )
+    values = torch.autograd.grad(loss_of(o, state), list(named.values()), materialize_grads=True)
+    return dict(zip(named, values, strict=True))
 
 
 @pytest.mark.usefixtures("poisoned_buffers")
@@ -51,9 +50,10 @@ def test_outputs_state_and_gradients(case: Case) -> None:
     assert_near("o", o, expected_o, OUTPUT_TOLERANCE[case.dtype])
     assert_near("final_state", state, expected_state, OUTPUT_TOLERANCE[case.dtype])
     for name, gradient in given.items():
-        tolerance = GATE_GRADIENT_TOLERANCE if name in ("g", "beta") else GRADIENT_TOLERANCE
+        tolerances = GATE_GRADIENT_TOLERANCE if name in ("g", "beta") else GRADIENT_TOLERANCE
         assert gradient.dtype == inputs.tensors()[name].dtype
-        assert_near(f"d{name}", gradient, expected[name], tolerance[case.dtype])
+        tolerance = max(tolerances[case.dtype], tolerances[gradient.dtype])
+        assert_near(f"d{name}", gradient, expected[name], tolerance)
 
 
 @pytest.mark.parametrize("gate", ["none", "mild"])

@@ -40,7 +40,7 @@ def function_of(inputs: Inputs, **options: Any) -> Callable[..., tuple[Tensor, T
 @pytest.mark.parametrize("use_qk_l2norm", [False, True])
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 2, 2, 5)], ids=str)
 def test_gradcheck(gate: str, use_qk_l2norm: bool, cu_seqlens: tuple[int, ...] | None) -> None:
-    inputs = small(gate, cu_seqlens=cu_seqlens).with_gradients()
+    inputs = small(gate, sizes=(2, 3), heads=(1, 2), cu_seqlens=cu_seqlens).with_gradients()
     packing = None if cu_seqlens is None else torch.tensor(cu_seqlens)
     function = function_of(inputs, use_qk_l2norm=use_qk_l2norm, cu_seqlens=packing)
     assert torch.autograd.gradcheck(function, tuple(inputs.tensors().values()))
@@ -77,9 +77,11 @@ def test_opcheck_of_the_recurrent_form(gate: str) -> None:
     )
 
 
-@pytest.mark.parametrize("gate", RULES)
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_in_one_graph(gate: str, dynamic: bool) -> None:
+@pytest.mark.parametrize(
+    ("gate", "dynamic", "backend"),
+    [("mild", False, "inductor"), ("none", True, "aot_eager"), ("mild", True, "aot_eager")],
+)
+def test_compile_in_one_graph(gate: str, dynamic: bool, backend: str) -> None:
     torch.compiler.reset()
 
     def function(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -87,7 +89,7 @@ def test_compile_in_one_graph(gate: str, dynamic: bool) -> None:
         assert state is not None
         return o.sin(), state.cos()
 
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
     for tokens in (7, 66):
         inputs = small(gate, tokens=tokens).with_gradients()
         twins = inputs.with_gradients()
@@ -182,7 +184,7 @@ def test_gradients_per_sample(gate: str) -> None:
     function = function_of(inputs)
     tensors = tuple(inputs.tensors().values())
     every = tuple(range(len(tensors)))
-    gradient = torch.func.grad(lambda *x: loss_of(*function(*x)), every)
+    gradient = torch.func.grad(lambda *x: sum(y.square().sum() for y in function(*x)), every)
     samples = tuple(torch.stack([x, 0.5 * x]) for x in tensors)
     given = torch.vmap(gradient)(*samples)
     expected = [
@@ -232,7 +234,7 @@ def test_forward_mode_is_refused(gate: str) -> None:
     inputs = small(gate)
     function = function_of(inputs)
     tensors = tuple(inputs.tensors().values())
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(NotImplementedError, match="delta_rule.*forward"):
         torch.func.jvp(function, tensors, tuple(map(torch.ones_like, tensors)))
 
 
@@ -254,7 +256,7 @@ def test_tensor_subclasses_are_asked() -> None:
             cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             seen.append(str(func))
-            return super().__torch_function__(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     inputs = small("none")
     ops.delta_rule(inputs.q.as_subclass(Watched), inputs.k, inputs.v, inputs.beta)

@@ -23,7 +23,7 @@ def state_of(inputs: Inputs) -> Tensor:
 
 
 @pytest.mark.usefixtures("poisoned_buffers")
-@pytest.mark.parametrize("gate", ["none", "extreme"])
+@pytest.mark.parametrize("gate", ["none", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [0, 1, 5, 65])
 @pytest.mark.parametrize("sizes", [(60, 100), (256, 1), (64, 64)], ids=str)

@@ -28,7 +28,9 @@ TEST_CASE("a log keeps tokens and the boundaries of calls", "[log]") {
 }
 
 TEST_CASE("a token takes as few bytes as the vocabulary allows", "[log]") {
-  const auto width = [](std::int64_t vocabulary) { return SessionLog(vocabulary).bytes_per_token(); };
+  const auto width = [](std::int64_t vocabulary) {
+    return SessionLog(vocabulary).bytes_per_token();
+  };
   CHECK(width(1) == 1);
   CHECK(width(256) == 1);
   CHECK(width(257) == 2);
@@ -59,11 +61,11 @@ TEST_CASE("a stored log whose parts do not agree is refused", "[log]") {
   };
   CHECK_NOTHROW(parse(1000, 6, {{CallKind::kRead, 3, {}}}));
   CHECK_NOTHROW(parse(1000, 0, {}));
-  CHECK_THROWS_AS(parse(999, 6, {{CallKind::kRead, 3, {}}}), Error);             // token too large
-  CHECK_THROWS_AS(parse(1000, 5, {{CallKind::kRead, 3, {}}}), Error);            // half a token
-  CHECK_THROWS_AS(parse(1000, 6, {{CallKind::kRead, 2, {}}}), Error);            // too few
-  CHECK_THROWS_AS(parse(1000, 6, {{CallKind::kRead, 4, {}}}), Error);            // too many
-  CHECK_THROWS_AS(parse(1000, 6, {{CallKind::kRead, 3, 1}}), Error);             // seed on a read
+  CHECK_THROWS_AS(parse(999, 6, {{CallKind::kRead, 3, {}}}), Error);   // token too large
+  CHECK_THROWS_AS(parse(1000, 5, {{CallKind::kRead, 3, {}}}), Error);  // half a token
+  CHECK_THROWS_AS(parse(1000, 6, {{CallKind::kRead, 2, {}}}), Error);  // too few
+  CHECK_THROWS_AS(parse(1000, 6, {{CallKind::kRead, 4, {}}}), Error);  // too many
+  CHECK_THROWS_AS(parse(1000, 6, {{CallKind::kRead, 3, 1}}), Error);   // seed on a read
   CHECK_THROWS_AS(parse(1000, 6, {{CallKind::kRead, -1, {}}, {CallKind::kRead, 4, {}}}), Error);
   CHECK_THROWS_AS(parse(1000, 6, {{CallKind::kRead, 3, {}}, {CallKind::kRead, 0, {}}}), Error);
   CHECK_THROWS_AS(parse(1000, 6, {{static_cast<CallKind>(2), 3, {}}}), Error);

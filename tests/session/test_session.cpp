@@ -466,7 +466,7 @@ TEST_CASE("only its owner can read a state file", "[session]") {
   write_contents(path, "anybody can read this");
   fs::permissions(path, fs::perms(0644));
   Session(random_model()).save(path);
-  struct stat status {};
+  struct stat status{};
   REQUIRE(stat(path.c_str(), &status) == 0);
   CHECK((status.st_mode & 0777) == 0600);
   CHECK(folder.files() == 1);
@@ -515,7 +515,8 @@ TEST_CASE("a full disk leaves the old file whole", "[session]") {
   session.read(noise(300));
   {
     const FileSizeLimit limit(before.size() / 2);
-    CHECK_THROWS_MATCHES(session.save(path), FileError, MessageMatches(ContainsSubstring("a.fwstate")));
+    CHECK_THROWS_MATCHES(session.save(path), FileError,
+                         MessageMatches(ContainsSubstring("a.fwstate")));
   }
   CHECK(contents(path) == before);
   CHECK(folder.files() == 1);

@@ -15,6 +15,14 @@ struct SlidingWindowAttentionParams {
   bool in_place = false;       ///< inference only: the caches given are overwritten
 };
 
+/// Rotary position embedding (arXiv:2104.09864) of the first half of each head's D dimensions:
+/// dimensions i and i + D/4 are turned by `position · base^(−4i/D)`. Angles are formed in fp64.
+/// @param x        [B, T, heads·D], D a multiple of 4
+/// @param position int64 [B], index of each row's first token
+/// @throws ShapeError if the shapes disagree
+at::Tensor rotary_embedding(const at::Tensor& x, const at::Tensor& position, int64_t heads,
+                            double base = 10000.0);
+
 /// Causal attention over a sliding window, with learned sinks (arXiv:2309.17453) and partial rotary
 /// position embedding (arXiv:2104.09864): the first D/2 dimensions of queries and keys are rotated by
 /// the absolute position (angles in fp64, so they are exact at 10^7 tokens), pairing dimension i with

@@ -6,10 +6,10 @@ namespace fastweights {
 
 /// A counter-based source of random numbers: the n-th number is a function of (seed, n) alone.
 ///
-/// So the whole state of a generator is two integers, and the generator of a session is a function of
-/// its log: each written token draws exactly once. The mixing function is SplitMix64's (Steele, Lea
-/// and Flood, "Fast splittable pseudorandom number generators", 2014); the seed is mixed first, so
-/// that neighbouring seeds give unrelated sequences.
+/// So the whole state of a generator is two integers, and the generator of a session is a function
+/// of its log: each written token draws exactly once. The mixing function is SplitMix64's (Steele,
+/// Lea and Flood, "Fast splittable pseudorandom number generators", 2014); the seed is mixed first,
+/// so that neighbouring seeds give unrelated sequences.
 struct Generator {
   std::uint64_t seed = 0;
   std::uint64_t draws = 0;

@@ -30,7 +30,8 @@ struct LogCall {
 /// token takes 1 to 4 bytes, as few as the vocabulary allows. No LibTorch.
 class SessionLog {
  public:
-  /// An empty log of tokens in [0, vocabulary_size); throws Error unless 1 ≤ vocabulary_size ≤ 2^32.
+  /// An empty log of tokens in [0, vocabulary_size); throws Error unless 1 ≤ vocabulary_size ≤
+  /// 2^32.
   explicit SessionLog(std::int64_t vocabulary_size);
 
   /// A log from its stored form; throws Error if the parts do not agree: the calls must cover the

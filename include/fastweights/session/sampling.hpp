@@ -19,8 +19,8 @@ struct SamplingOptions {
 /// Throws Error if a value is out of range: temperature ≥ 0 and finite, top_k ≥ 0, 0 < top_p ≤ 1.
 void check_sampling_options(const SamplingOptions& options);
 
-/// Draws a token from `logits` with one number `uniform` in [0, 1). The same arguments give the same
-/// token. −∞ excludes a token; throws Error if a logit is NaN or +∞, or if all are −∞.
+/// Draws a token from `logits` with one number `uniform` in [0, 1). The same arguments give the
+/// same token. −∞ excludes a token; throws Error if a logit is NaN or +∞, or if all are −∞.
 std::int64_t sample_token(std::span<const float> logits, const SamplingOptions& options,
                           double uniform);
 

@@ -27,8 +27,8 @@ class LanguageModelImpl;
 
 namespace detail {
 
-/// A place in a text, and all that decides what comes next there. Nothing writes into the tensors of
-/// a session between its calls, so copies share them.
+/// A place in a text, and all that decides what comes next there. Nothing writes into the tensors
+/// of a session between its calls, so copies share them.
 struct Place {
   nn::LanguageModelState state;
   at::Tensor logits;  ///< of the next token: fp32 [vocabulary]
@@ -87,8 +87,8 @@ class Session {
   /// The same, and returns the bits that each byte cost before it was learned: −log2 p(byte).
   std::vector<float> read_and_score(std::string_view text, const Progress& progress = {});
 
-  /// Bits per byte of a text from here on. A copy of the session learns as it reads, and is dropped:
-  /// this session does not change. Throws Error if the text is empty.
+  /// Bits per byte of a text from here on. A copy of the session learns as it reads, and is
+  /// dropped: this session does not change. Throws Error if the text is empty.
   double score(std::string_view text, const Progress& progress = {}) const;
 
   /// The same for each byte.
@@ -98,8 +98,8 @@ class Session {
   /// If `on_token` throws, the session holds what was written until then.
   std::string write(const WriteOptions& options = {});
 
-  /// Logits of the next token, fp32 [vocabulary] on the CPU, a copy; all 0 in a fresh session, which
-  /// so predicts its first byte uniformly.
+  /// Logits of the next token, fp32 [vocabulary] on the CPU, a copy; all 0 in a fresh session,
+  /// which so predicts its first byte uniformly.
   at::Tensor logits() const;
 
   /// Name → tensor, copies of everything that decides the next token: `layers.N.memory.state`,

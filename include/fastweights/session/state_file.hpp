@@ -9,12 +9,12 @@
 ///     -16     XXH3-128 of every byte before it, in canonical (big-endian) form
 ///
 /// The content's metadata are `model` (its fingerprint), `vocabulary_size`, `piece` and `seed`, in
-/// decimal; its tensors are those of the session, and the log's two: `log.tokens`, U8 [tokens, bytes
-/// per token], and `log.calls`, I64 [calls, 4]: kind, tokens, has a seed, the seed's bits.
+/// decimal; its tensors are those of the session, and the log's two: `log.tokens`, U8 [tokens,
+/// bytes per token], and `log.calls`, I64 [calls, 4]: kind, tokens, has a seed, the seed's bits.
 ///
 /// The envelope keeps its meaning in every version, so that damage can be told from a version that
-/// is too new. The checksum detects damage, not forgery: whatever it says, sizes are checked against
-/// the file's length before anything is allocated. No LibTorch.
+/// is too new. The checksum detects damage, not forgery: whatever it says, sizes are checked
+/// against the file's length before anything is allocated. No LibTorch.
 #pragma once
 
 #include <cstddef>
@@ -55,8 +55,8 @@ void write_state_file(const std::filesystem::path& path, const StateFile& file);
 
 namespace detail {
 
-/// An envelope around any content: for `serialize_state_file`, and for tests and fuzzing, which reach
-/// the parts behind the checksum with it.
+/// An envelope around any content: for `serialize_state_file`, and for tests and fuzzing, which
+/// reach the parts behind the checksum with it.
 std::vector<std::byte> seal_state_file(std::span<const std::byte> content,
                                        std::uint32_t version = kStateFileVersion);
 

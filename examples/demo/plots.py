@@ -1,0 +1,141 @@
+"""The figures as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from intervals import Array
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from report import interval_text, label_of
+
+
+Figures = dict[str, Any]
+COLOURS = ["#1b6ca8", "#e08e0b", "#c8553d", "#6b6b6b", "#9d9d9d"]
+
+
+def save_plot(figures: Figures, path: Path) -> None:
+    """Bits per byte along the text, their differences, and recall by distance, as a PNG."""
+    figure = Figure(figsize=(9, 12), layout="constrained")
+    along, costs, recall = figure.subplots(3, 1, height_ratios=[3, 3, 2.5])
+    text = figures["text"]
+    figure.suptitle(f"{text['name']}: {text['bytes']:,} bytes read with {figures['model']['path']}")
+    _along(along, figures)
+    _costs(costs, figures)
+    _recall(recall, figures)
+    figure.savefig(path, dpi=130)
+
+
+def _colour(figures: Figures, name: str) -> str:
+    return COLOURS[list(figures["bits_per_byte"]).index(name) % len(COLOURS)]
+
+
+def _smooth(sums: Array, counts: Array, width: int) -> Array:
+    """Running mean of sums / counts over `width` neighbours, over fewer at the ends."""
+    kernel = np.ones(min(width, len(sums)))
+    return np.convolve(sums, kernel, "same") / np.convolve(counts, kernel, "same")
+
+
+def _window_counts(figures: Figures) -> Array:
+    size, window = figures["text"]["bytes"], figures["model"]["window"]
+    counts = np.full(-(-size // window), float(window))
+    counts[-1] = size - window * (len(counts) - 1)
+    return counts
+
+
+def _kilobytes(figures: Figures) -> Array:
+    return np.cumsum(_window_counts(figures)) / 1000
+
+
+def _block(figures: Figures) -> int:
+    boot = figures["bootstrap"]
+    return int(boot["block_bytes"] // boot["window_bytes"])
+
+
+def _along(axes: Axes, figures: Figures) -> None:
+    counts, width = _window_counts(figures), _block(figures)
+    samples = figures["samples"]
+    for name, sums in samples["window_bits"].items():
+        smooth = _smooth(np.array(sums), counts, width)
+        bits = figures["bits_per_byte"][name]
+        axes.plot(
+            _kilobytes(figures),
+            smooth,
+            color=_colour(figures, name),
+            label=f"{label_of(name)}: {bits:.3f}",
+        )
+    piece = figures["ppmd"]["piece_bytes"]
+    for name, sums in samples["ppmd_piece_bits"].items():
+        sizes = np.full(len(sums), float(piece))
+        sizes[-1] = figures["text"]["bytes"] - piece * (len(sums) - 1)
+        axes.plot(
+            np.cumsum(sizes) / 1000,
+            _smooth(np.array(sums), sizes, max(1, width * figures["model"]["window"] // piece)),
+            color=_colour(figures, name),
+            linestyle=":",
+            label=f"{label_of(name)}: {figures['bits_per_byte'][name]:.3f}",
+        )
+    axes.set(
+        xlabel="kilobytes read",
+        ylabel="bits per byte",
+        title="Bits per byte along the text (running mean over "
+        f"{figures['bootstrap']['block_bytes']} bytes)",
+    )
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _costs(axes: Axes, figures: Figures) -> None:
+    counts, width = _window_counts(figures), _block(figures)
+    samples = figures["samples"]["window_bits"]
+    for name, cost in figures["cost"].items():
+        difference = np.array(samples[name]) - np.array(samples["carried"])
+        colour = _colour(figures, name)
+        axes.plot(_kilobytes(figures), _smooth(difference, counts, width), color=colour)
+        axes.axhspan(cost["low"], cost["high"], color=colour, alpha=0.2)
+        axes.axhline(
+            cost["estimate"],
+            color=colour,
+            linewidth=0.8,
+            label=f"{label_of(name)}: {interval_text(cost)}",
+        )
+    axes.axhline(0, color="black", linewidth=0.8)
+    level = figures["bootstrap"]["level"]
+    axes.set(
+        xlabel="kilobytes read",
+        ylabel="bits per byte more than carried",
+        title=f"What it costs not to carry the memory (bands: {level:.0%} intervals of the mean)",
+    )
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _recall(axes: Axes, figures: Figures) -> None:
+    rows = figures["recall"]["by_distance"]
+    names = list(figures["cost"])
+    for i, name in enumerate(names):
+        costs = [row["costs"][name] for row in rows]
+        estimate = np.array([cost["estimate"] for cost in costs])
+        low = np.array([cost["low"] for cost in costs])
+        high = np.array([cost["high"] for cost in costs])
+        axes.bar(
+            np.arange(len(rows)) + (i - (len(names) - 1) / 2) * 0.27,
+            estimate,
+            0.25,
+            yerr=np.nan_to_num([estimate - low, high - estimate]),
+            color=_colour(figures, name),
+            capsize=2,
+            label=label_of(name),
+        )
+    axes.set_xticks(range(len(rows)), [f"{row['label']}\n{row['words']} words" for row in rows])
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(
+        xlabel="bytes back to where the same word stood last",
+        ylabel="bits per word more than carried",
+        title="Recall by distance (words that are none of the commonest)",
+    )
+    if rows:
+        axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, axis="y")

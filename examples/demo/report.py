@@ -1,0 +1,199 @@
+"""The figures as text for a person."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+Figures = dict[str, Any]
+SHOWN_CLOZES = 6
+
+
+def label_of(name: str) -> str:
+    """A reading's name for a person."""
+    if name.startswith("reset_"):
+        return f"memory emptied every {name.removeprefix('reset_')} bytes"
+    return {
+        "carried": "memory carried",
+        "off": "attention window only",
+        "fresh": "fresh session",
+        "ppmd_primed": "PPMd primed with training texts",
+        "ppmd_unprimed": "PPMd unprimed",
+    }[name]
+
+
+def _number(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+def interval_text(cost: dict[str, float]) -> str:
+    """An estimate and its interval."""
+    if cost["low"] != cost["low"]:
+        return f"{_number(cost['estimate'])} (too short a text for an interval)"
+    return f"{_number(cost['estimate'])} [{_number(cost['low'])}, {_number(cost['high'])}]"
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def header(figures: Figures) -> str:
+    """What is read, and with what."""
+    text, model = figures["text"], figures["model"]
+    return (
+        f"Text   {text['name']}: {text['bytes']:,} bytes, "
+        f"{-(-text['bytes'] // model['window']):,} windows\n"
+        f"Model  {model['path']}: {model['parameters']:,} parameters, {model['layers']} blocks, "
+        f"window {model['window']} bytes\n"
+        f"       (attention reaches {model['reach']} bytes back through all blocks; what lies beyond "
+        "is in the memory or lost)\n"
+    )
+
+
+def reading(figures: Figures) -> str:
+    """Speed and memory of the session."""
+    r = figures["reading"]
+    lines = [
+        f"Read in {r['seconds']:.1f} s, {figures['text']['bytes'] / r['seconds']:,.0f} bytes/s, "
+        f"questions included. The session holds {_megabytes(r['session_bytes'])} of tensors at any "
+        f"length, and a log of {_megabytes(r['log_bytes'])}."
+    ]
+    if len(r["resident_bytes"]) > 4:
+        early = r["resident_bytes"][len(r["resident_bytes"]) // 10]
+        late = r["resident_bytes"][-1]
+        lines.append(
+            f"Memory of the process: {_megabytes(early[1])} after {early[0]:,} bytes, "
+            f"{_megabytes(late[1])} after {late[0]:,}."
+        )
+    return "\n".join(lines)
+
+
+def bits_per_byte(figures: Figures) -> str:
+    """The table of readings."""
+    lines = [
+        "Bits per byte (lower is better), and what each costs more than the carried memory:",
+        "",
+    ]
+    for name, bits in figures["bits_per_byte"].items():
+        cost = figures["cost"].get(name)
+        lines.append(
+            f"  {label_of(name):<34} {bits:6.3f}   {interval_text(cost) if cost else ''}".rstrip()
+        )
+    boot = figures["bootstrap"]
+    lines += [
+        "",
+        _wrap(
+            f"In brackets: {boot['level']:.0%} intervals by a {boot['kind']} of "
+            f"{boot['window_bytes']} bytes, in blocks of {boot['block_bytes']} bytes, "
+            f"{boot['resamples']:,} resamples. All readings have the same weights and the same "
+            "attention window; where the memory is emptied, the window is not. "
+            + _fairness(figures)
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _fairness(figures: Figures) -> str:
+    dropout = figures["model"]["memory_dropout"]
+    if dropout > 0:
+        return (
+            f'"Attention window only" is fair: in training, {dropout:.0%} of the rows went without '
+            "their memories."
+        )
+    return (
+        '"Attention window only" is an ablation: this model was never trained without its memories, '
+        "so it says nothing about a model that has none."
+    )
+
+
+def recall(figures: Figures) -> str:
+    """Words that come back, by distance."""
+    rows = figures["recall"]["by_distance"]
+    if not rows:
+        return "The text has no words outside the commonest ones: nothing to recall."
+    names = list(rows[0]["costs"])
+    lines = [
+        "Bits per word, for words that are none of the commonest, by distance from where the same "
+        "word stood last;",
+        "the other columns: what it costs more than with the carried memory.",
+        "",
+        f"  {'bytes back':<14} {'words':>6} {'carried':>8}   "
+        + "   ".join(f"{_short(name):<24}" for name in names),
+    ]
+    for row in rows:
+        costs = "   ".join(f"{_interval_short(row['costs'][name]):<24}" for name in names)
+        lines.append(
+            f"  {row['label']:<14} {row['words']:>6} {row['carried']:>8.2f}   {costs}".rstrip()
+        )
+    lines += [
+        "",
+        _wrap(
+            'Words seen "never before" are the control: what the memory gains there is style and '
+            "topic, and only a larger gain on words that come back is recall."
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _short(name: str) -> str:
+    return label_of(name).removeprefix("memory ").removesuffix(" bytes")
+
+
+def _interval_short(cost: dict[str, float]) -> str:
+    if cost["low"] != cost["low"]:
+        return f"{cost['estimate']:+.2f}"
+    return f"{cost['estimate']:+.2f} [{cost['low']:+.2f}, {cost['high']:+.2f}]"
+
+
+def cloze(figures: Figures) -> str:
+    """Names to be completed."""
+    cloze = figures["cloze"]
+    asked, right = cloze["asked"], cloze["right"]
+    if not asked:
+        return "The text has no names that come back after 2,000 bytes: none to complete."
+    lines = [
+        _wrap(
+            f"Names that last stood 2,000 bytes back or more, to be completed from their first two "
+            f"letters ({asked} asked, evenly spread over the text): with the carried memory "
+            f"{right['carried']} right; a fresh session that has read only the last "
+            f"{figures['model']['reach']} bytes {right['fresh']}; attention window only "
+            f"{right['off']}. Some of them:"
+        ),
+        "",
+    ]
+    items = cloze["items"]
+    step = max(1, len(items) // SHOWN_CLOZES)
+    for item in items[::step][:SHOWN_CLOZES]:
+        context = " ".join(item["context"].split())
+        answers = item["answers"]
+        lines.append(
+            f"  ...{context[-50:]} [{item['truth']}], last seen {item['distance']:,} bytes back"
+        )
+        lines.append(
+            f"      carried: {answers['carried']}   fresh: {answers['fresh']}   "
+            f"window only: {answers['off']}"
+        )
+    return "\n".join(lines)
+
+
+def continuation(figures: Figures) -> str:
+    """What the session writes on."""
+    return "The session writes on:\n\n" + textwrap.indent(figures["continuation"].strip(), "  | ")
+
+
+def resumed(figures: Figures) -> str:
+    """Whether the other process went on exactly alike."""
+    r = figures["resumed"]
+    verdict = (
+        "exactly alike" if r["same_bytes"] and r["same_logits"] else "DIFFERENTLY: this is a bug"
+    )
+    return _wrap(
+        f"Saved ({_megabytes(r['file_bytes'])}) and resumed in another process, which went on {verdict}: "
+        f"{r['written_bytes']} bytes written "
+        f"{'the same' if r['same_bytes'] else 'not the same'}, then {r['read_bytes']} bytes read and "
+        f"the logits {'the same' if r['same_logits'] else 'not the same'} bit for bit."
+    )
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, 100)

@@ -1,0 +1,155 @@
+"""Runs the training program: an interrupted and resumed run takes the steps of an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+PROGRAM = ""  # set from the command line
+SMALL = ["width=32", "layers=2", "feed_forward_width=64", "attention_window=32"]
+SMALL += ["attention_heads=2", "memory_heads=2", "memory_value_heads=2"]
+SMALL += ["memory_key_size=16", "memory_value_size=16", "memory_dropout=0.2"]
+
+
+def write_texts(folder: Path) -> Path:
+    """A few works of words that come again."""
+    generator = random.Random(1)
+    words = ["".join(generator.choices("abcdefgh", k=5)) for _ in range(50)]
+    folder.mkdir()
+    for work in range(4):
+        text = " ".join(generator.choice(words) for _ in range(1500))
+        (folder / f"work{work}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+class TrainLanguageModel(unittest.TestCase):
+    """Each test has a folder of its own."""
+
+    def setUp(self) -> None:
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+        self.texts = write_texts(self.folder / "texts")
+
+    def command(self, output: str, *options: str, threads: int = 2, steps: int = 60) -> list[str]:
+        command = [PROGRAM, "--texts", str(self.texts), "--output", str(self.folder / output)]
+        command += ["--held-out", str(self.texts / "work3.txt"), "--evaluate-every", "20"]
+        command += ["--steps", str(steps), "--batch", "4", "--segment", "64", "--log-every", "1"]
+        command += ["--threads", str(threads), "--repeat-probability", "0.3", "--seed", "5"]
+        for setting in SMALL:
+            command += ["--set", setting]
+        return [*command, *options]
+
+    def run_program(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+    def records(self, output: str, event: str) -> list[dict[str, object]]:
+        """The log without what the clock decides."""
+        lines = (self.folder / output / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        clock = ("seconds", "bytes_per_second")
+        return [
+            {key: value for key, value in record.items() if key not in clock}
+            for record in records
+            if record["event"] == event
+        ]
+
+    def interrupt(self, command: list[str], output: str, steps: int, number: signal.Signals) -> int:
+        """Sends a signal once the log has that many steps; the exit code."""
+        log = self.folder / output / "log.jsonl"
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline:
+                if log.exists() and log.read_bytes().count(b'"train"') >= steps:
+                    process.send_signal(number)
+                    break
+                time.sleep(0.005)
+            return process.wait(timeout=120)
+
+    def check_resumed_run(self, threads: int) -> None:
+        whole = self.run_program(self.command("whole", threads=threads))
+        self.assertEqual(whole.returncode, 0, whole.stderr)
+        parts = self.command("parts", threads=threads)
+        code = self.interrupt(parts, "parts", 7, signal.SIGINT)
+        self.assertEqual(code, 128 + signal.SIGINT)
+        taken = len(self.records("parts", "train"))
+        self.assertLess(taken, 60, "the run ended before it was interrupted")
+        code = self.interrupt([*parts, "--resume"], "parts", taken + 9, signal.SIGTERM)
+        self.assertEqual(code, 128 + signal.SIGTERM)
+        resumed = self.run_program([*parts, "--resume"])
+        self.assertEqual(resumed.returncode, 0, resumed.stderr)
+
+        expected = self.records("whole", "train")
+        self.assertEqual(len(expected), 60)
+        self.assertEqual(self.records("parts", "train"), expected)
+        self.assertEqual(
+            self.records("parts", "evaluation")[-1], self.records("whole", "evaluation")[-1]
+        )
+        self.assertLess(expected[-1]["bits_per_byte"], expected[0]["bits_per_byte"])  # type: ignore[operator]
+        for name in ("config.json", "model.safetensors"):
+            first, second = (self.folder / run / "model" / name for run in ("whole", "parts"))
+            self.assertEqual(first.read_bytes(), second.read_bytes(), name)
+
+    def test_resumed_run_is_exact(self) -> None:
+        self.check_resumed_run(threads=1)
+
+    def test_resumed_run_is_exact_with_two_workers(self) -> None:
+        self.check_resumed_run(threads=2)
+
+    def test_checkpoint_survives_divergence(self) -> None:
+        first = self.run_program(self.command("run", steps=5))
+        self.assertEqual(first.returncode, 0, first.stderr)
+        checkpoint = (self.folder / "run" / "checkpoint.safetensors").read_bytes()
+        more = self.command("run", "--resume", "--learning-rate", "1e30", "--clip", "0", steps=50)
+        diverged = self.run_program(more)
+        self.assertEqual(diverged.returncode, 1)
+        self.assertIn("is not finite", diverged.stderr)
+        self.assertIn("is kept", diverged.stderr)
+        self.assertEqual((self.folder / "run" / "checkpoint.safetensors").read_bytes(), checkpoint)
+
+    def test_errors_are_one_line(self) -> None:
+        (self.texts / "empty.txt").touch()
+        cases = [
+            (["--texts", "missing.txt"], "missing.txt does not exist"),
+            (["--texts", str(self.texts / "empty.txt")], "empty.txt is empty"),
+            (["--texts", str(self.texts)], "empty.txt is empty"),
+            (["--texts", str(self.texts / "work0.txt"), "--set", "widht=3"], "widht"),
+            (["--texts", str(self.texts / "work0.txt"), "--resume"], "does not exist"),
+        ]
+        for options, message in cases:
+            output = ["--output", str(self.folder / "run"), "--steps", "1"]
+            result = self.run_program([PROGRAM, *output, *options])
+            self.assertEqual(result.returncode, 1, result.stderr)
+            self.assertIn(message, result.stderr)
+            self.assertEqual(len(result.stderr.strip().splitlines()), 1, result.stderr)
+
+    def test_refuses_to_overwrite_and_other_data(self) -> None:
+        self.assertEqual(self.run_program(self.command("run", steps=2)).returncode, 0)
+        again = self.run_program(self.command("run", steps=2))
+        self.assertIn("--overwrite", again.stderr)
+        self.assertEqual(again.returncode, 1)
+        (self.texts / "work0.txt").write_text("other words", encoding="utf-8")
+        other = self.run_program(self.command("run", "--resume", steps=2))
+        self.assertIn("texts was", other.stderr)
+        self.assertEqual(other.returncode, 1)
+
+    def test_cut_off_checkpoint_is_refused(self) -> None:
+        self.assertEqual(self.run_program(self.command("run", steps=2)).returncode, 0)
+        checkpoint = self.folder / "run" / "checkpoint.safetensors"
+        os.truncate(checkpoint, checkpoint.stat().st_size - 100)
+        result = self.run_program(self.command("run", "--resume", steps=2))
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("checkpoint.safetensors", result.stderr)
+
+
+if __name__ == "__main__":
+    PROGRAM = sys.argv.pop(1)
+    unittest.main()
