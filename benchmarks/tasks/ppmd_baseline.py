@@ -1,8 +1,8 @@
 """Bits per byte that PPMd needs for held-out works, primed with the training works and unprimed.
 
-A language model that does not beat the primed figure has not learned. PPMd keeps adapting while it reads
-the held-out work, so it is the right peer of a model that carries its memory. Each held-out work is
-encoded by a fresh coder. Needs `pip install pyppmd`. Run from the project's root:
+A language model that does not beat the primed figure has not learned. PPMd keeps adapting while it
+reads the held-out work, so it is the right peer of a model that carries its memory. Each held-out
+work is encoded by a fresh coder. Needs `pip install pyppmd`. Run from the project's root:
 
     python benchmarks/tasks/ppmd_baseline.py --train data/plays/train --held-out data/plays/held_out
 """
@@ -10,17 +10,18 @@ encoded by a fresh coder. Needs `pip install pyppmd`. Run from the project's roo
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyppmd
 
-MEMORY = 1 << 30  # bytes of model; far more than the corpus needs, so that nothing is ever restarted
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record import Record, machine, save_record  # noqa: E402
+
+MEMORY = 1 << 30  # bytes; more than the corpus needs, so that the model is never restarted
+RESULT = Path(__file__).resolve().parents[1] / "results" / "ppmd_baseline.json"
 VARIANTS: dict[str, Callable[[int], object]] = {
     "PPMd variant H": lambda order: pyppmd.Ppmd7Encoder(order, MEMORY),
     "PPMd variant I": lambda order: pyppmd.Ppmd8Encoder(order, MEMORY),
@@ -45,31 +46,19 @@ def read_folder(folder: Path) -> dict[str, bytes]:
     return works
 
 
-def machine() -> dict[str, object]:
-    """What the figures were computed on (they depend on the machine only through its versions)."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "pyppmd": pyppmd.__version__,
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="PPMd's bits per byte on held-out works")
     parser.add_argument("--train", type=Path, default=Path("data/plays/train"))
     parser.add_argument("--held-out", type=Path, default=Path("data/plays/held_out"))
     parser.add_argument("--order", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/ppmd_baseline.json"))
+    parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
 
     train = read_folder(arguments.train)
     held_out = read_folder(arguments.held_out)
     prime = b"".join(train.values())
-    samples = [
+    samples: list[dict[str, Any]] = [
         {
             "work": name,
             "bytes": len(work),
@@ -82,17 +71,13 @@ def main() -> None:
     ]
     for sample in samples:
         print("{coder}  {work:24} primed {primed:.3f}  unprimed {unprimed:.3f}".format(**sample))
-    result = {
-        "what": "bits per byte of held-out works under PPMd",
-        **machine(),
-        "order": arguments.order,
-        "memory_bytes": MEMORY,
-        "prime_bytes": len(prime),
-        "prime_works": list(train),
-        "samples": samples,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    title = (
+        f"Bits per byte of held-out works under PPMd of order {arguments.order}, "
+        f"primed with {len(train)} works ({len(prime)} bytes) and unprimed"
+    )
+    save_record(
+        arguments.output, Record(title, samples, machine() | {"pyppmd": pyppmd.__version__})
+    )
 
 
 if __name__ == "__main__":

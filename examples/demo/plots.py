@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from report import interval_text, label_of
 
-
 Figures = dict[str, Any]
 COLOURS = ["#1b6ca8", "#e08e0b", "#c8553d", "#6b6b6b", "#9d9d9d"]
 

@@ -142,8 +142,10 @@ def _per_window(
 
 
 def choose_clozes(words: list[Word], text: bytes, count: int) -> list[Word]:
-    """`count` names, evenly spread, that come back after FAR bytes or more: words with a capital that
-    do not begin a sentence or a line."""
+    """`count` names, evenly spread, that come back after FAR bytes or more.
+
+    A name is a word with a capital that begins neither a sentence nor a line.
+    """
     names = [
         word
         for word in words
@@ -158,8 +160,10 @@ def choose_clozes(words: list[Word], text: bytes, count: int) -> list[Word]:
 
 
 def complete(session: fastweights.Session) -> str:
-    """The most probable end of the word that the session stands in. It learns what it writes: give it
-    a copy."""
+    """The most probable end of the word that the session stands in.
+
+    The session learns what it writes: give a copy.
+    """
     letters = []
 
     def add(piece: str) -> bool:

@@ -45,8 +45,8 @@ def header(figures: Figures) -> str:
         f"{-(-text['bytes'] // model['window']):,} windows\n"
         f"Model  {model['path']}: {model['parameters']:,} parameters, {model['layers']} blocks, "
         f"window {model['window']} bytes\n"
-        f"       (attention reaches {model['reach']} bytes back through all blocks; what lies beyond "
-        "is in the memory or lost)\n"
+        f"       (attention reaches {model['reach']} bytes back through all blocks; what lies "
+        "beyond is in the memory or lost)\n"
     )
 
 
@@ -101,8 +101,8 @@ def _fairness(figures: Figures) -> str:
             "their memories."
         )
     return (
-        '"Attention window only" is an ablation: this model was never trained without its memories, '
-        "so it says nothing about a model that has none."
+        '"Attention window only" is an ablation: this model was never trained without its '
+        "memories, so it says nothing about a model that has none."
     )
 
 
@@ -188,11 +188,14 @@ def resumed(figures: Figures) -> str:
         "exactly alike" if r["same_bytes"] and r["same_logits"] else "DIFFERENTLY: this is a bug"
     )
     return _wrap(
-        f"Saved ({_megabytes(r['file_bytes'])}) and resumed in another process, which went on {verdict}: "
-        f"{r['written_bytes']} bytes written "
-        f"{'the same' if r['same_bytes'] else 'not the same'}, then {r['read_bytes']} bytes read and "
-        f"the logits {'the same' if r['same_logits'] else 'not the same'} bit for bit."
+        f"Saved ({_megabytes(r['file_bytes'])}) and resumed in another process, which went on "
+        f"{verdict}: {r['written_bytes']} bytes written {_same(r['same_bytes'])}, then "
+        f"{r['read_bytes']} bytes read and the logits {_same(r['same_logits'])} bit for bit."
     )
+
+
+def _same(same: bool) -> str:
+    return "the same" if same else "not the same"
 
 
 def _wrap(text: str) -> str:

@@ -24,19 +24,29 @@ namespace py = pybind11;
 using Model = nn::LanguageModelImpl;
 using Path = std::filesystem::path;
 
-// Initial weights that are thrown away must not move the caller's random numbers.
-std::shared_ptr<Model> make_model(const nn::LanguageModelConfig& config) {
-  auto generator = at::globalContext().defaultGenerator(at::kCPU);
-  const auto state = generator.get_state();
-  auto model = std::make_shared<Model>(config);
-  const std::lock_guard<std::mutex> lock(generator.mutex());
-  generator.set_state(state);
-  return model;
-}
+// Puts the default generator back: initial weights that are thrown away must not move the caller's
+// random numbers.
+class KeepRandomNumbers {
+ public:
+  KeepRandomNumbers()
+      : generator_(at::globalContext().defaultGenerator(at::kCPU)),
+        state_(generator_.get_state()) {}
+  KeepRandomNumbers(const KeepRandomNumbers&) = delete;
+  KeepRandomNumbers& operator=(const KeepRandomNumbers&) = delete;
+  ~KeepRandomNumbers() {
+    const std::lock_guard<std::mutex> lock(generator_.mutex());
+    generator_.set_state(state_);
+  }
+
+ private:
+  at::Generator generator_;
+  at::Tensor state_;
+};
 
 // A model whose parameters are the given tensors: they share storage.
 std::shared_ptr<Model> from_tensors(const std::string& config, const py::dict& tensors) {
-  auto model = make_model(nn::LanguageModelConfig::from_json(config));
+  const KeepRandomNumbers keep;
+  auto model = std::make_shared<Model>(nn::LanguageModelConfig::from_json(config));
   std::map<std::string, at::Tensor> given;
   for (auto& [name, tensor] : to_named_tensors(tensors)) given.emplace(name, tensor);
   for (auto& item : model->named_parameters()) {
@@ -57,6 +67,7 @@ std::shared_ptr<Model> from_tensors(const std::string& config, const py::dict& t
 }
 
 std::shared_ptr<Model> load(const Path& path, at::ScalarType dtype) {
+  const KeepRandomNumbers keep;
   return std::const_pointer_cast<Model>(load_model(path, dtype));
 }
 

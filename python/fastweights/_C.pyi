@@ -1,3 +1,4 @@
+# ruff: noqa: N999
 import os
 from collections.abc import Callable
 from typing import Any, ClassVar

@@ -16,11 +16,11 @@ class FileError(Error, OSError):
     """A file that cannot be read or written, or whose content is malformed."""
 
 
-class StateMismatch(Error, RuntimeError):
+class StateMismatch(Error, RuntimeError):  # noqa: N818
     """A state, or a set of weights, that belongs to another model."""
 
 
-class Cancelled(Error, InterruptedError):
+class Cancelled(Error, InterruptedError):  # noqa: N818
     """A long call that the caller stopped."""
 
 

@@ -84,8 +84,10 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 class ByteTokenizer:
-    """Text as bytes: token i is byte i. Every sequence of tokens decodes; bytes that are no UTF-8
-    survive as surrogate escapes."""
+    """Text as bytes: token i is byte i.
+
+    Every sequence of tokens decodes; bytes that are no UTF-8 survive as surrogate escapes.
+    """
 
     vocabulary_size: int = _C.ByteTokenizer.vocabulary_size
 

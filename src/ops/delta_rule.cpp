@@ -1,15 +1,16 @@
 #include "fastweights/ops/delta_rule.hpp"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "layer_op.hpp"
 #include "rule_call.hpp"
 
 namespace fastweights {
 namespace {
 
 using at::Tensor;
+using detail::find_operator;
 using detail::RuleCall;
 using detail::RuleEntries;
 using detail::RuleGradients;
@@ -42,11 +43,6 @@ using BackwardSignature = BackwardResult(const OptionalTensor&, const OptionalTe
                                          const OptionalTensor&, bool);
 using RecurrentSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                   Tensor&, std::optional<double>, bool);
-
-template <class Signature>
-auto find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 RuleOutputs call_forward(const RuleCall& c) {
   static const auto op = find_operator<ForwardSignature>("fastweights::delta_rule");

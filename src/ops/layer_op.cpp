@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
@@ -10,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "autograd_node.hpp"
 #include "fastweights/core/error.hpp"
 
 namespace fastweights::detail {
@@ -17,19 +17,6 @@ namespace {
 
 using torch::autograd::SavedVariable;
 
-core::DType dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble: return core::DType::kFloat64;
-    case at::kFloat: return core::DType::kFloat32;
-    case at::kHalf: return core::DType::kFloat16;
-    case at::kBFloat16: return core::DType::kBFloat16;
-    default:
-      throw ShapeError(std::string("expected a floating-point tensor, got ") +
-                       at::toString(tensor.scalar_type()));
-  }
-}
-
-// Written as a node rather than as a torch::autograd::Function, which torch.func refuses.
 struct LayerNode : torch::autograd::Node {
   std::string name() const override { return label; }
 
@@ -59,18 +46,6 @@ struct LayerNode : torch::autograd::Node {
   std::vector<SavedVariable> inputs, outputs;
 };
 
-// torch before 2.12 or so holds nodes by shared_ptr, later ones by intrusive_ptr.
-using NodePointer = decltype(torch::autograd::Edge::function);
-
-template <class Pointer>
-Pointer own_node(LayerNode* node) {
-  if constexpr (requires { Pointer::reclaim(node); }) {
-    return Pointer::unsafe_steal_from_new(node);
-  } else {
-    return Pointer(node, [](auto* owned) { deleteNode(owned); });
-  }
-}
-
 torch::autograd::edge_list next_edges(const Tensors& inputs) {
   torch::autograd::edge_list edges;
   for (const auto& input : inputs) {
@@ -86,19 +61,23 @@ bool needs_gradient(const Tensors& inputs) {
   return any && at::GradMode::is_enabled();
 }
 
-void refuse_forward_mode(const char* name, const Tensors& inputs) {
-  for (const auto& input : inputs) {
-    if (torch::autograd::isFwGradDefined(input)) {
-      throw Error(std::string(name) + ": there is no forward-mode derivative");
-    }
-  }
-}
-
 }  // namespace
 
 at::Tensor empty_as(const at::Tensor& tensor, std::optional<at::ScalarType> dtype) {
   return at::empty_symint(tensor.sym_sizes(),
                           tensor.options().dtype(dtype.value_or(tensor.scalar_type())));
+}
+
+core::DType dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble: return core::DType::kFloat64;
+    case at::kFloat: return core::DType::kFloat32;
+    case at::kHalf: return core::DType::kFloat16;
+    case at::kBFloat16: return core::DType::kBFloat16;
+    default:
+      throw ShapeError(std::string("expected a floating-point tensor, got ") +
+                       at::toString(tensor.scalar_type()));
+  }
 }
 
 core::ConstArray const_array(const at::Tensor& tensor) {
@@ -127,7 +106,7 @@ Tensors record(const char* name, const Tensors& inputs, const std::function<Tens
   NodePointer owner;
   if (needs_gradient(inputs)) {
     node = new LayerNode();
-    owner = own_node<NodePointer>(node);
+    owner = own_node(node);
     node->label = std::string("fastweights::") + name + "_backward";
     node->backward = std::move(backward);
     node->set_next_edges(next_edges(inputs));

@@ -17,6 +17,10 @@ namespace fastweights::detail {
 /// An uninitialised contiguous tensor of the same shape, device and, unless given, type.
 at::Tensor empty_as(const at::Tensor& tensor, std::optional<at::ScalarType> dtype = std::nullopt);
 
+/// The kernels' name for a tensor's type.
+/// @throws ShapeError if it is no floating-point type that they know
+core::DType dtype_of(const at::Tensor& tensor);
+
 /// The kernels' view of a contiguous tensor; null if it is undefined.
 core::ConstArray const_array(const at::Tensor& tensor);
 core::Array array(const at::Tensor& tensor);
@@ -39,7 +43,7 @@ using Backward =
 
 /// Calls `forward` below autograd. If an input needs a gradient, the first output gets a history of
 /// which `backward` is the derivative; further outputs are kept for it and are not differentiable.
-/// @throws Error if an input carries a forward-mode derivative, which there is no formula for
+/// @throws c10::NotImplementedError if an input carries a forward-mode derivative, which there is no formula for
 Tensors record(const char* name, const Tensors& inputs, const std::function<Tensors()>& forward,
                Backward backward);
 

@@ -1,24 +1,22 @@
 #include "rule_call.hpp"
 
-#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/torch.h>
 
 #include <cmath>
-#include <cstring>
-#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "autograd_node.hpp"
 #include "fastweights/core/cpu.hpp"
 #include "fastweights/core/error.hpp"
 #include "fastweights/core/params.hpp"
+#include "layer_op.hpp"
 
 namespace fastweights::detail {
 namespace {
@@ -147,19 +145,6 @@ void check_packing(const RuleCall& call) {
 
 // ---- from tensors to the kernels ---------------------------------------------------------------
 
-core::DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return core::DType::kFloat64;
-    case at::kHalf:
-      return core::DType::kFloat16;
-    case at::kBFloat16:
-      return core::DType::kBFloat16;
-    default:
-      return core::DType::kFloat32;
-  }
-}
-
 Tensor with_adjacent_rows(const Tensor& tensor) {
   return tensor.dim() < 4 || tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor
                                                                           : tensor.contiguous();
@@ -173,15 +158,6 @@ core::ConstView const_view(const Tensor& tensor) {
 core::View view(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(1),
           tensor.stride(2)};
-}
-
-core::Executor parallel_executor() {
-  return {[](std::int64_t tasks, const std::function<void(std::int64_t)>& body) {
-            at::parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) {
-              for (std::int64_t task = begin; task < end; ++task) body(task);
-            });
-          },
-          at::get_num_threads()};
 }
 
 /// A call whose tensors have the layout that the kernels read; it keeps them alive.
@@ -236,7 +212,6 @@ Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
 
 // ---- autograd ----------------------------------------------------------------------------------
 
-// Written as a node rather than as a torch::autograd::Function, which torch.func refuses.
 struct RuleNode : torch::autograd::Node {
   std::string name() const override { return "FastweightsRuleBackward"; }
 
@@ -291,18 +266,6 @@ struct RuleNode : torch::autograd::Node {
   torch::autograd::SavedVariable q, k, v, g, beta, initial_state, cu_seqlens;
 };
 
-// torch before 2.12 or so holds nodes by shared_ptr, later ones by intrusive_ptr.
-using NodePointer = decltype(torch::autograd::Edge::function);
-
-template <class Pointer>
-Pointer own_node(RuleNode* node) {
-  if constexpr (requires { Pointer::reclaim(node); }) {
-    return Pointer::unsafe_steal_from_new(node);
-  } else {
-    return Pointer(node, [](auto* owned) { deleteNode(owned); });
-  }
-}
-
 NodePointer make_node(const RuleCall& call, const RuleEntries& entries) {
   const Tensor g = call.g.value_or(Tensor());
   const Tensor initial = call.initial_state.value_or(Tensor());
@@ -310,7 +273,7 @@ NodePointer make_node(const RuleCall& call, const RuleEntries& entries) {
     return nullptr;
   }
   auto* node = new RuleNode();
-  NodePointer owner = own_node<NodePointer>(node);
+  NodePointer owner = own_node(node);
   node->set_next_edges(
       torch::autograd::collect_next_edges(call.q, call.k, call.v, g, call.beta, initial));
   node->entries = entries;
@@ -357,6 +320,8 @@ RuleOutputs rule_meta(const RuleCall& call) {
 }
 
 RuleOutputs rule_autograd(const RuleCall& call, const RuleEntries& entries) {
+  refuse_forward_mode(call.rule, {call.q, call.k, call.v, call.g.value_or(Tensor()), call.beta,
+                                  call.initial_state.value_or(Tensor())});
   const auto node = make_node(call, entries);
   auto [o, final_state] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;

@@ -25,7 +25,7 @@ SETTINGS: dict[str, Sequence[Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a rule. `gate` "none" is the rule without a gate; a number is the same for all."""
+    """One call of a rule; the rule without a gate if `gate` is "none"."""
 
     tokens: int = 65
     sizes: tuple[int, int] = (16, 24)

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import oracle
+import torch
 from cases import Case, Inputs
 from fastweights import ops
+from torch import Tensor
 
 
 def call(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor | None]:

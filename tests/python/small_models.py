@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-
 from fastweights.nn import LanguageModel, LanguageModelConfig
 
 SMALL: dict[str, Any] = {

@@ -4,9 +4,8 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
 import fastweights
+import pytest
 from fastweights import _C
 from fastweights.nn import LanguageModelConfig
 

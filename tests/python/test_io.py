@@ -4,10 +4,9 @@ import json
 import os
 from pathlib import Path
 
+import fastweights
 import pytest
 import torch
-
-import fastweights
 from fastweights import _C, io
 from small_models import VARIANTS, random_tokens, small_model
 
@@ -68,6 +67,7 @@ def test_loading_and_saving_leave_the_random_numbers_alone(tmp_path: Path) -> No
     model = small_model()
     before = torch.get_rng_state()
     fastweights.save_model(tmp_path, model)
+    fastweights.load_model(tmp_path)
     model.native()
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -1,14 +1,13 @@
 """What lies between the projections, against its plain definition in fp64."""
 
+import fastweights
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import silu, softplus
-
-import fastweights
 from comparison import assert_near
 from fastweights import ops
 from oracle import delta_rule
+from torch import Tensor
+from torch.nn.functional import silu, softplus
 
 
 def convolution_by_definition(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:

@@ -3,14 +3,13 @@
 import math
 from typing import Any
 
+import fastweights
 import pytest
 import torch
-from torch import Tensor, nn
-
-import fastweights
 from comparison import assert_near
 from fastweights.nn import FastWeightMemory, LanguageModel, LanguageModelState
 from small_models import VARIANTS, random_tokens, small_config, small_model
+from torch import Tensor, nn
 
 
 def logits_of(model: LanguageModel, tokens: Tensor, **options: Any) -> Tensor:

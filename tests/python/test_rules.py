@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import Case, Inputs, make_inputs, sweep
 from comparison import (
     GATE_GRADIENT_TOLERANCE,
@@ -12,6 +10,7 @@ from comparison import (
     assert_near,
 )
 from rules import call, call_oracle, loss_of, options_of
+from torch import Tensor
 
 PACKINGS = ((0, 15), (0, 0, 15, 15, 79, 143, 143), (0, 1, 2, 66), (0, 256, 500, 1000), (0, 0), (0,))
 

@@ -2,10 +2,9 @@
 
 from typing import Any
 
+import fastweights
 import pytest
 import torch
-
-import fastweights
 from cases import Case, make_inputs
 from fastweights import ops
 

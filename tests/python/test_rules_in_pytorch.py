@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import Case, Inputs, make_inputs
 from comparison import assert_near
 from fastweights import ops
 from rules import call, loss_of
+from torch import Tensor
 
 RULES = ["none", "mild"]  # the gate: without and with one
 
@@ -234,7 +233,7 @@ def test_forward_mode_is_refused(gate: str) -> None:
     inputs = small(gate)
     function = function_of(inputs)
     tensors = tuple(inputs.tensors().values())
-    with pytest.raises(NotImplementedError, match="delta_rule.*forward"):
+    with pytest.raises(NotImplementedError, match=r"delta_rule.*forward"):
         torch.func.jvp(function, tensors, tuple(map(torch.ones_like, tensors)))
 
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import Case, Inputs, make_inputs
 from comparison import OUTPUT_TOLERANCE, assert_near
 from fastweights import ops
 from rules import call_oracle
+from torch import Tensor
 
 
 def call(inputs: Inputs, state: Tensor, use_qk_l2norm: bool = False) -> Tensor:

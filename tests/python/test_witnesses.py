@@ -1,7 +1,6 @@
 """Independent implementations of the gated delta rule: those in transformers."""
 
 import pytest
-
 from cases import Case, make_inputs
 from comparison import assert_near
 from rules import call, options_of

@@ -1,4 +1,7 @@
-"""Runs the training program: an interrupted and resumed run takes the steps of an uninterrupted one."""
+"""The training program: an interrupted and resumed run takes the steps of an unbroken one.
+
+Run by ctest, which passes the program's path in the environment.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
+from typing import Any
 
-PROGRAM = ""  # set from the command line
+PROGRAM = os.environ["FASTWEIGHTS_TRAINER"]
 SMALL = ["width=32", "layers=2", "feed_forward_width=64", "attention_window=32"]
 SMALL += ["attention_heads=2", "memory_heads=2", "memory_value_heads=2"]
 SMALL += ["memory_key_size=16", "memory_value_size=16", "memory_dropout=0.2"]
@@ -51,7 +54,7 @@ class TrainLanguageModel(unittest.TestCase):
     def run_program(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
-    def records(self, output: str, event: str) -> list[dict[str, object]]:
+    def records(self, output: str, event: str) -> list[dict[str, Any]]:
         """The log without what the clock decides."""
         lines = (self.folder / output / "log.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
@@ -76,27 +79,25 @@ class TrainLanguageModel(unittest.TestCase):
 
     def check_resumed_run(self, threads: int) -> None:
         whole = self.run_program(self.command("whole", threads=threads))
-        self.assertEqual(whole.returncode, 0, whole.stderr)
+        assert whole.returncode == 0, whole.stderr
         parts = self.command("parts", threads=threads)
         code = self.interrupt(parts, "parts", 7, signal.SIGINT)
-        self.assertEqual(code, 128 + signal.SIGINT)
+        assert code == 128 + signal.SIGINT
         taken = len(self.records("parts", "train"))
-        self.assertLess(taken, 60, "the run ended before it was interrupted")
+        assert taken < 60, "the run ended before it was interrupted"
         code = self.interrupt([*parts, "--resume"], "parts", taken + 9, signal.SIGTERM)
-        self.assertEqual(code, 128 + signal.SIGTERM)
+        assert code == 128 + signal.SIGTERM
         resumed = self.run_program([*parts, "--resume"])
-        self.assertEqual(resumed.returncode, 0, resumed.stderr)
+        assert resumed.returncode == 0, resumed.stderr
 
         expected = self.records("whole", "train")
-        self.assertEqual(len(expected), 60)
-        self.assertEqual(self.records("parts", "train"), expected)
-        self.assertEqual(
-            self.records("parts", "evaluation")[-1], self.records("whole", "evaluation")[-1]
-        )
-        self.assertLess(expected[-1]["bits_per_byte"], expected[0]["bits_per_byte"])  # type: ignore[operator]
+        assert len(expected) == 60
+        assert self.records("parts", "train") == expected
+        assert self.records("parts", "evaluation")[-1] == self.records("whole", "evaluation")[-1]
+        assert expected[-1]["bits_per_byte"] < expected[0]["bits_per_byte"]
         for name in ("config.json", "model.safetensors"):
             first, second = (self.folder / run / "model" / name for run in ("whole", "parts"))
-            self.assertEqual(first.read_bytes(), second.read_bytes(), name)
+            assert first.read_bytes() == second.read_bytes(), name
 
     def test_resumed_run_is_exact(self) -> None:
         self.check_resumed_run(threads=1)
@@ -106,14 +107,14 @@ class TrainLanguageModel(unittest.TestCase):
 
     def test_checkpoint_survives_divergence(self) -> None:
         first = self.run_program(self.command("run", steps=5))
-        self.assertEqual(first.returncode, 0, first.stderr)
+        assert first.returncode == 0, first.stderr
         checkpoint = (self.folder / "run" / "checkpoint.safetensors").read_bytes()
         more = self.command("run", "--resume", "--learning-rate", "1e30", "--clip", "0", steps=50)
         diverged = self.run_program(more)
-        self.assertEqual(diverged.returncode, 1)
-        self.assertIn("is not finite", diverged.stderr)
-        self.assertIn("is kept", diverged.stderr)
-        self.assertEqual((self.folder / "run" / "checkpoint.safetensors").read_bytes(), checkpoint)
+        assert diverged.returncode == 1
+        assert "is not finite" in diverged.stderr
+        assert "is kept" in diverged.stderr
+        assert (self.folder / "run" / "checkpoint.safetensors").read_bytes() == checkpoint
 
     def test_errors_are_one_line(self) -> None:
         (self.texts / "empty.txt").touch()
@@ -127,29 +128,28 @@ class TrainLanguageModel(unittest.TestCase):
         for options, message in cases:
             output = ["--output", str(self.folder / "run"), "--steps", "1"]
             result = self.run_program([PROGRAM, *output, *options])
-            self.assertEqual(result.returncode, 1, result.stderr)
-            self.assertIn(message, result.stderr)
-            self.assertEqual(len(result.stderr.strip().splitlines()), 1, result.stderr)
+            assert result.returncode == 1, result.stderr
+            assert message in result.stderr
+            assert len(result.stderr.strip().splitlines()) == 1, result.stderr
 
     def test_refuses_to_overwrite_and_other_data(self) -> None:
-        self.assertEqual(self.run_program(self.command("run", steps=2)).returncode, 0)
+        assert self.run_program(self.command("run", steps=2)).returncode == 0
         again = self.run_program(self.command("run", steps=2))
-        self.assertIn("--overwrite", again.stderr)
-        self.assertEqual(again.returncode, 1)
+        assert "--overwrite" in again.stderr
+        assert again.returncode == 1
         (self.texts / "work0.txt").write_text("other words", encoding="utf-8")
         other = self.run_program(self.command("run", "--resume", steps=2))
-        self.assertIn("texts was", other.stderr)
-        self.assertEqual(other.returncode, 1)
+        assert "texts was" in other.stderr
+        assert other.returncode == 1
 
     def test_cut_off_checkpoint_is_refused(self) -> None:
-        self.assertEqual(self.run_program(self.command("run", steps=2)).returncode, 0)
+        assert self.run_program(self.command("run", steps=2)).returncode == 0
         checkpoint = self.folder / "run" / "checkpoint.safetensors"
         os.truncate(checkpoint, checkpoint.stat().st_size - 100)
         result = self.run_program(self.command("run", "--resume", steps=2))
-        self.assertEqual(result.returncode, 1)
-        self.assertIn("checkpoint.safetensors", result.stderr)
+        assert result.returncode == 1
+        assert "checkpoint.safetensors" in result.stderr
 
 
 if __name__ == "__main__":
-    PROGRAM = sys.argv.pop(1)
     unittest.main()

@@ -50,7 +50,6 @@ struct BackwardScratch {
         writes_transposed(size(value_stride * token_stride)),
         d_k(size(C * key_stride)),
         d_q(size(C * key_stride)),
-        d_k_from_write(size(C * key_stride)),
         d_o(size(C * value_stride)),
         u(size(C * value_stride)),
         x(size(C * value_stride)),
@@ -84,7 +83,6 @@ struct BackwardScratch {
   AlignedBuffer<Real> writes_transposed;   // [V, C]
   AlignedBuffer<Real> d_k;                 // [C, K]
   AlignedBuffer<Real> d_q;                 // [C, K]
-  AlignedBuffer<Real> d_k_from_write;      // [C, K]
   AlignedBuffer<Real> d_o;                 // [C, V]
   AlignedBuffer<Real> u;                   // [C, V]
   AlignedBuffer<Real> x;                   // [C, V]: d(β e), then dv

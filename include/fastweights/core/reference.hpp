@@ -13,7 +13,9 @@
 
 namespace fastweights::core::reference {
 
+/// A state, [K, V].
 using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+/// A key, query or value.
 using RowVector = Eigen::VectorXd;
 
 namespace detail {

@@ -8,8 +8,10 @@ from .state import AttentionState
 
 
 class SlidingWindowAttention(nn.Module):
-    """Attention over the last `attention_window` tokens and learned sinks. The arithmetic between
-    the projections is `fastweights.ops.sliding_window_attention`."""
+    """Attention over the last `attention_window` tokens and learned sinks.
+
+    The arithmetic between the projections is `fastweights.ops.sliding_window_attention`.
+    """
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -31,8 +33,14 @@ class SlidingWindowAttention(nn.Module):
     def forward(
         self, x: Tensor, state: AttentionState, position: Tensor, in_place: bool = False
     ) -> tuple[Tensor, AttentionState]:
-        """Reads x [B, T, width]; `position` int64 [B] counts the tokens seen. With `in_place`
-        (inference only) `state` is overwritten."""
+        """Reads x [B, T, width].
+
+        Args:
+            x: [B, T, width].
+            state: what an earlier call returned.
+            position: int64 [B], tokens seen.
+            in_place: inference only: `state` is overwritten.
+        """
         o, key, value = ops.sliding_window_attention(
             self.query(x),
             self.key(x),

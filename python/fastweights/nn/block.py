@@ -10,7 +10,8 @@ from .state import BlockState
 
 
 class Block(nn.Module):
-    """A transformer block whose mixer is attention and memory side by side:
+    """A transformer block whose mixer is attention and memory side by side.
+
     ``x ← x + mix_attention · attention(n) + mix_memory · memory(n)`` with n = mixer_norm(x), then
     ``x ← x + feed_forward(feed_forward_norm(x))``.
 
@@ -53,7 +54,15 @@ class Block(nn.Module):
         in_place: bool = False,
         memory_keep: Tensor | None = None,
     ) -> tuple[Tensor, BlockState]:
-        """Reads x [B, T, width]. `memory_keep` [B, 1, 1] is 0 where the row's memory is dropped."""
+        """Reads x [B, T, width].
+
+        Args:
+            x: [B, T, width].
+            state: what an earlier call returned.
+            position: int64 [B], tokens seen.
+            in_place: inference only: `state` may be overwritten.
+            memory_keep: [B, 1, 1], 0 where the row's memory is dropped.
+        """
         mixed, state = self._mix(x, state, position, in_place, memory_keep)
         return mixed + self.feed_forward(self.feed_forward_norm(mixed)), state
 

@@ -98,6 +98,8 @@ class LanguageModelConfig:
 
     @property
     def residual_range(self) -> float:
-        """Initial standard deviation of layers that write into the residual stream, of which there
-        are 2 · layers (GPT-2, Radford et al. 2019)."""
+        """Initial standard deviation of layers that write into the residual stream.
+
+        There are 2 · layers of them (GPT-2, Radford et al. 2019).
+        """
         return self.initializer_range / math.sqrt(2.0 * self.layers)

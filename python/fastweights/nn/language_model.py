@@ -20,8 +20,9 @@ class LanguageModelOutput(NamedTuple):
 
 
 class LanguageModel(nn.Module):
-    """A language model whose blocks join windowed attention and fast-weight memories. It carries
-    all it keeps of what it read in an explicit state of fixed size.
+    """A language model whose blocks join windowed attention and fast-weight memories.
+
+    It carries all it keeps of what it read in an explicit state of fixed size.
 
     Weights start as in GPT-2 (Radford et al. 2019): normal(0, initializer_range), and layers that
     write into the residual stream divided by √(2 · layers); norms at one; the convolution uniform
@@ -42,8 +43,10 @@ class LanguageModel(nn.Module):
             )
 
     def initial_state(self, batch: int) -> LanguageModelState:
-        """The state before the first token, in the weights' type (the fast weights in fp32) and on
-        their device."""
+        """The state before the first token.
+
+        It has the weights' type (the fast weights: fp32) and stands on their device.
+        """
         position = torch.zeros(batch, dtype=torch.int64, device=self.norm.weight.device)
         return LanguageModelState(
             tuple(block.initial_state(batch) for block in self._blocks()), position
@@ -111,8 +114,9 @@ class LanguageModel(nn.Module):
         return self.initial_state(1).nbytes * batch
 
     def native(self) -> _C.LanguageModel:
-        """The C++ model on the same weights: they share storage. Its forward pass calls no Python,
-        so it refuses a model with hooks or replaced children.
+        """The C++ model on the same weights: they share storage.
+
+        Its forward pass calls no Python, so it refuses a model with hooks or replaced children.
 
         Raises:
             Error: naming the module that was changed.

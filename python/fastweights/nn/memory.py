@@ -10,8 +10,9 @@ from .state import MemoryState
 
 
 class FastWeightMemory(nn.Module):
-    """The layer that owns a fast-weight matrix per head, written token by token with the (gated)
-    delta rule. The arithmetic between the projections is `fastweights.ops.fast_weight_memory`.
+    """The layer that owns a fast-weight matrix per head, written with the (gated) delta rule.
+
+    The arithmetic between the projections is `fastweights.ops.fast_weight_memory`.
 
     When training starts, a_log is 0 and dt_bias is such that, without an input, the gates of all
     heads of all layers have half-lives spread log-uniformly from `half_life_min` to
@@ -87,8 +88,10 @@ class FastWeightMemory(nn.Module):
 
 
 def _initial_dt_bias(config: LanguageModelConfig, layer: int) -> Tensor:
-    """The x [HV] for which ``exp(−softplus(x)) = ½^(1 / half-life)``. Heads spread the half-lives
-    coarsely, layers finely."""
+    """The x [HV] for which ``exp(−softplus(x)) = ½^(1 / half-life)``.
+
+    Heads spread the half-lives coarsely, layers finely.
+    """
     count = config.memory_value_heads * config.layers
     rank = torch.arange(config.memory_value_heads, dtype=torch.float64) * config.layers + layer
     fraction = rank / (count - 1) if count > 1 else torch.full_like(rank, 0.5)

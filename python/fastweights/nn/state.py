@@ -71,8 +71,11 @@ class LanguageModelState(NamedTuple):
         return self._map(reset)
 
     def tensors(self) -> dict[str, Tensor]:
-        """`layers.N.memory.state`, `layers.N.memory.conv`, `layers.N.attention.key`,
-        `layers.N.attention.value` for each layer that has them, then `position`."""
+        """All tensors by name.
+
+        `layers.N.memory.state`, `layers.N.memory.conv`, `layers.N.attention.key`,
+        `layers.N.attention.value` for each layer that has them, then `position`.
+        """
         return dict(self._named())
 
     @classmethod

@@ -19,8 +19,9 @@ def delta_rule(
     cu_seqlens: Tensor | None = None,
     use_qk_l2norm: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The delta rule: ``S ← S + β k (v − Sᵀk)ᵀ``, ``o = scale · Sᵀq`` (Schlag, Irie & Schmidhuber,
-    arXiv:2102.11174), in its chunkwise form (Yang et al., arXiv:2406.06484).
+    """The delta rule: ``S ← S + β k (v − Sᵀk)ᵀ``, ``o = scale · Sᵀq``.
+
+    Schlag, Irie & Schmidhuber, arXiv:2102.11174; in chunkwise form: Yang et al., arXiv:2406.06484.
 
     Args:
         q: [B, T, H, K], K up to 256. T may be 0.

@@ -26,9 +26,11 @@ def fast_weight_memory(
     eps: float = 1e-6,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All of a fast-weight memory layer that lies between its projections: short convolution,
-    L2-normalised queries and keys, ``β = beta_max · σ(beta)``, ``g = −exp(a_log) · softplus(decay +
-    dt_bias)`` (arXiv:2412.06464), the rule, and a norm per head with an output gate.
+    """All of a fast-weight memory layer that lies between its projections.
+
+    Short convolution, L2-normalised queries and keys, ``β = beta_max · σ(beta)``, ``g = −exp(a_log)
+    · softplus(decay + dt_bias)`` (arXiv:2412.06464), the rule, and a norm per head with an output
+    gate.
 
     Args:
         query: [B, T, H·K], projected.

@@ -20,8 +20,9 @@ def gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     use_qk_l2norm: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gated delta rule: ``S ← exp(g) S``, then ``S ← S + β k (v − Sᵀk)ᵀ``, ``o = scale · Sᵀq``
-    (Yang, Kautz & Hatamizadeh, arXiv:2412.06464).
+    """The gated delta rule: ``S ← exp(g) S``, then the write of `delta_rule`; ``o = scale · Sᵀq``.
+
+    Yang, Kautz & Hatamizadeh, arXiv:2412.06464.
 
     Args:
         q: [B, T, H, K], K up to 256. T may be 0.

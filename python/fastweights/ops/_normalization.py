@@ -9,8 +9,9 @@ _swiglu = operator("swiglu")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """``x · rsqrt(mean(x²) + eps) · weight`` over the last dimension, computed in fp32 (fp64 for
-    fp64 inputs) (Zhang & Sennrich, arXiv:1910.07467).
+    """``x · rsqrt(mean(x²) + eps) · weight`` over the last dimension.
+
+    Computed in fp32, or in fp64 for fp64 inputs (Zhang & Sennrich, arXiv:1910.07467).
 
     Args:
         x: [..., D].

@@ -20,9 +20,10 @@ def sliding_window_attention(
     rope_base: float = 10000.0,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal attention over a sliding window with learned sinks (arXiv:2309.17453) and partial
-    rotary position embedding (arXiv:2104.09864): the first half of each head is rotated by the
-    absolute position, the sinks' keys live in the other. Cost and memory are linear in T.
+    """Causal attention over a sliding window with learned sinks and partial rotary embedding.
+
+    The first half of each head is rotated by the absolute position (arXiv:2104.09864), the sinks'
+    keys live in the other (arXiv:2309.17453). Cost and memory are linear in T.
 
     Args:
         query: [B, T, heads·D], projected; D a multiple of 4.

@@ -1,0 +1,17 @@
+# cmake -D SOURCE=<project> -D BUILD=<folder> [-D BUILD_PROGRAM=OFF] -D "ARGUMENTS=-DX=Y|..." -P:
+# configures a consumer project from nothing, builds it, and runs its program.
+function(run)
+  execute_process(COMMAND ${ARGV} RESULT_VARIABLE result)
+  if(result)
+    list(JOIN ARGV " " line)
+    message(FATAL_ERROR "failed: ${line}")
+  endif()
+endfunction()
+
+string(REPLACE "|" ";" arguments "${ARGUMENTS}")
+file(REMOVE_RECURSE "${BUILD}")
+run("${CMAKE_COMMAND}" -S "${SOURCE}" -B "${BUILD}" ${arguments})
+if(NOT CONFIGURE_ONLY)
+  run("${CMAKE_COMMAND}" --build "${BUILD}" --target consumer)
+  run("${BUILD}/consumer")
+endif()

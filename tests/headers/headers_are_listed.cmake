@@ -1,0 +1,7 @@
+string(REPLACE "|" ";" listed "${LISTED}")
+file(GLOB_RECURSE headers RELATIVE "${FOLDER}" "${FOLDER}/*.hpp")
+list(FILTER headers EXCLUDE REGEX "-inl\\.hpp$")
+list(REMOVE_ITEM headers ${listed})
+if(headers)
+  message(FATAL_ERROR "not in tests/headers/CMakeLists.txt: ${headers}")
+endif()

@@ -1,0 +1,12 @@
+# cmake -D PROGRAM=<program> -P: fails unless the program loads exactly one OpenMP runtime.
+execute_process(COMMAND ldd "${PROGRAM}" OUTPUT_VARIABLE libraries RESULT_VARIABLE failed)
+if(failed)
+  message(FATAL_ERROR "ldd ${PROGRAM} failed")
+endif()
+string(REGEX MATCHALL "=> [^ \n]*/lib(gomp|omp|iomp)[^ \n]*" runtimes "${libraries}")
+list(REMOVE_DUPLICATES runtimes)
+list(LENGTH runtimes count)
+if(NOT count EQUAL 1)
+  message(FATAL_ERROR "${PROGRAM} loads ${count} OpenMP runtimes: ${runtimes}")
+endif()
+message(STATUS "${runtimes}")
