@@ -27,6 +27,15 @@ function(fastweights_add_library target)
   add_library(fastweights::${export_name} ALIAS ${target})
 endfunction()
 
+# fastweights_use_headers(<target> <header-only library>...): for its own sources alone. A link, even a
+# private one, would make every user of a static library look that library up.
+function(fastweights_use_headers target)
+  foreach(library IN LISTS ARGN)
+    target_include_directories(${target} SYSTEM PRIVATE
+      $<TARGET_PROPERTY:${library},INTERFACE_INCLUDE_DIRECTORIES>)
+  endforeach()
+endfunction()
+
 # fastweights_add_program(<name> [LIBTORCH] SOURCES ... LIBRARIES ...): LIBTORCH shares the precompiled
 # <torch/torch.h> of the target fastweights.
 function(fastweights_add_program target)
@@ -53,4 +62,21 @@ function(fastweights_add_test target)
   # Listed when ctest runs, so that a build does not start every program.
   catch_discover_tests(${target} TEST_PREFIX "${target}: " DISCOVERY_MODE PRE_TEST
                        PROPERTIES LABELS ${target} TIMEOUT 600)
+endfunction()
+
+# fastweights_add_python_test(<name> <script> LABEL <label> PROGRAM <VARIABLE>=<target>): a script that
+# tests a program, whose path it finds in the environment. Exit code 77: skipped, for want of a package.
+function(fastweights_add_python_test name script)
+  cmake_parse_arguments(PARSE_ARGV 2 arg "" "LABEL;PROGRAM" "")
+  if(NOT FASTWEIGHTS_PYTHON_FOR_TESTS)
+    message(STATUS "fastweights: there is no Python, so ${name} is left out")
+    return()
+  endif()
+  string(REPLACE "=" ";" program "${arg_PROGRAM}")
+  list(GET program 0 variable)
+  list(GET program 1 target)
+  add_dependencies(tests ${target})
+  add_test(NAME ${name} COMMAND "${FASTWEIGHTS_PYTHON_FOR_TESTS}" "${CMAKE_CURRENT_SOURCE_DIR}/${script}")
+  set_tests_properties(${name} PROPERTIES
+    ENVIRONMENT "${variable}=$<TARGET_FILE:${target}>" LABELS ${arg_LABEL} SKIP_RETURN_CODE 77 TIMEOUT 600)
 endfunction()

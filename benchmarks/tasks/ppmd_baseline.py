@@ -18,7 +18,7 @@ from typing import Any
 import pyppmd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from record import Record, machine, save_record  # noqa: E402
+from record import Record, machine, save_record
 
 MEMORY = 1 << 30  # bytes; more than the corpus needs, so that the model is never restarted
 RESULT = Path(__file__).resolve().parents[1] / "results" / "ppmd_baseline.json"

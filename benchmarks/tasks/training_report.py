@@ -17,10 +17,10 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from record import Record, save_record  # noqa: E402
+from record import Record, save_record
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 Row = dict[str, Any]

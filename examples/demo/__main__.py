@@ -41,6 +41,13 @@ def parse_arguments() -> argparse.Namespace:
         "--model", type=Path, default=ROOT / "models" / "reader", help="model folder"
     )
     parser.add_argument(
+        "--training",
+        type=Path,
+        default=PLAYS / "train",
+        metavar="FOLDER",
+        help="what the model was trained on: PPMd gets it too, and it tells which words are common",
+    )
+    parser.add_argument(
         "--limit", type=int, metavar="BYTES", help="read only the first BYTES bytes"
     )
     parser.add_argument(
@@ -149,7 +156,7 @@ def main() -> None:
     import fastweights
     from experiment import Source
 
-    training = [path.read_bytes() for path in sorted(PLAYS.glob("train/*.txt"))]
+    training = [path.read_bytes() for path in sorted(arguments.training.glob("*.txt"))]
     source = Source(arguments.model, name, text, training)
     try:
         figures = provenance() | run(source, arguments.json_only)

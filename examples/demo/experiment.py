@@ -151,8 +151,8 @@ class Experiment:
             },
             "ppmd": {"order": ORDER, "piece_bytes": PIECE},
             "samples": {
-                "window_bits": {name: self._sums(b).tolist() for name, b in self.readings.items()},
-                "ppmd_piece_bits": {n: b.tolist() for n, b in ppmd.items() if b is not None},
+                "window_bits": {n: _rounded(self._sums(b)) for n, b in self.readings.items()},
+                "ppmd_piece_bits": {n: _rounded(b) for n, b in ppmd.items() if b is not None},
             },
         }
 
@@ -222,6 +222,10 @@ class Experiment:
             "same_bytes": here["written"] == there["written"],
             "same_logits": here["logits"] == there["logits"],
         }
+
+
+def _rounded(values: Array) -> list[float]:
+    return [round(float(value), 3) for value in values]
 
 
 def _go_on_elsewhere(model: Path, state: Path, text: Path) -> dict[str, str]:

@@ -15,11 +15,11 @@ FEWEST_BLOCKS = 5
 
 
 class Interval(NamedTuple):
-    """An estimate, and its bounds at the level LEVEL; NaN if there are too few data."""
+    """An estimate, and its bounds at the level LEVEL; None if there are too few data."""
 
     estimate: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def _bounds(resampled: Array) -> tuple[float, float]:
@@ -32,13 +32,13 @@ def ratio_interval(sums: Array, counts: Array, block: int, seed: int = 0) -> Int
     """Circular block bootstrap (Politis and Romano, 1992) of sum(sums) / sum(counts).
 
     `sums[i]` and `counts[i]` belong to window i of a text. Blocks of `block` neighbouring windows
-    are drawn with replacement, so that correlations within a block stay as they are.
+    are drawn with replacement, so that correlations within a block stay as they are. At least one
+    count must be above zero.
     """
-    total = counts.sum()
-    estimate = float(sums.sum() / total) if total else float("nan")
+    estimate = float(sums.sum() / counts.sum())
     blocks = len(sums) // block
-    if blocks < FEWEST_BLOCKS or not total:
-        return Interval(estimate, float("nan"), float("nan"))
+    if blocks < FEWEST_BLOCKS:
+        return Interval(estimate, None, None)
     starts = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, blocks))
 
     def block_sums(values: Array) -> Array:
@@ -49,11 +49,4 @@ def ratio_interval(sums: Array, counts: Array, block: int, seed: int = 0) -> Int
     numerators = block_sums(sums)[starts].sum(axis=1)
     denominators = block_sums(counts)[starts].sum(axis=1)
     drawn = denominators > 0
-    if not drawn.any():
-        return Interval(estimate, float("nan"), float("nan"))
     return Interval(estimate, *_bounds(numerators[drawn] / denominators[drawn]))
-
-
-def mean_interval(values: Array, block: int, seed: int = 0) -> Interval:
-    """The same for the mean of one value per window, e.g. a difference that is paired by window."""
-    return ratio_interval(values, np.ones_like(values), block, seed)

@@ -93,7 +93,8 @@ def _costs(axes: Axes, figures: Figures) -> None:
         difference = np.array(samples[name]) - np.array(samples["carried"])
         colour = _colour(figures, name)
         axes.plot(_kilobytes(figures), _smooth(difference, counts, width), color=colour)
-        axes.axhspan(cost["low"], cost["high"], color=colour, alpha=0.2)
+        if cost["low"] is not None:
+            axes.axhspan(cost["low"], cost["high"], color=colour, alpha=0.2)
         axes.axhline(
             cost["estimate"],
             color=colour,
@@ -117,8 +118,8 @@ def _recall(axes: Axes, figures: Figures) -> None:
     for i, name in enumerate(names):
         costs = [row["costs"][name] for row in rows]
         estimate = np.array([cost["estimate"] for cost in costs])
-        low = np.array([cost["low"] for cost in costs])
-        high = np.array([cost["high"] for cost in costs])
+        bounds = [[cost[side] for cost in costs] for side in ("low", "high")]
+        low, high = np.array(bounds, dtype=np.float64)  # NaN where there is no interval
         axes.bar(
             np.arange(len(rows)) + (i - (len(names) - 1) / 2) * 0.27,
             estimate,

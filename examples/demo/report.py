@@ -28,7 +28,7 @@ def _number(value: float) -> str:
 
 def interval_text(cost: dict[str, float]) -> str:
     """An estimate and its interval."""
-    if cost["low"] != cost["low"]:
+    if cost["low"] is None or cost["high"] is None:
         return f"{_number(cost['estimate'])} (too short a text for an interval)"
     return f"{_number(cost['estimate'])} [{_number(cost['low'])}, {_number(cost['high'])}]"
 
@@ -140,7 +140,7 @@ def _short(name: str) -> str:
 
 
 def _interval_short(cost: dict[str, float]) -> str:
-    if cost["low"] != cost["low"]:
+    if cost["low"] is None:
         return f"{cost['estimate']:+.2f}"
     return f"{cost['estimate']:+.2f} [{cost['low']:+.2f}, {cost['high']:+.2f}]"
 

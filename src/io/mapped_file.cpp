@@ -18,7 +18,8 @@ namespace fastweights::io {
 namespace {
 
 [[noreturn]] void fail(const std::filesystem::path& path, int error) {
-  throw FileError("cannot read " + quote(path.native()) + ": " + std::system_category().message(error));
+  throw FileError("cannot read " + quote(path.native()) + ": " +
+                  std::system_category().message(error));
 }
 
 detail::FileDescriptor open_to_read(const std::filesystem::path& path) {

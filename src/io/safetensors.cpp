@@ -117,7 +117,8 @@ void check_coverage(std::span<const TensorInfo> tensors, std::size_t data_size,
   for (const TensorInfo& tensor : tensors) {
     if (tensor.begin != covered) {
       refuse(source, describe(tensor) + " begins at byte " + std::to_string(tensor.begin) +
-                         " of the data, " + (tensor.begin < covered ? "inside" : "with a gap behind") +
+                         " of the data, " +
+                         (tensor.begin < covered ? "inside" : "with a gap behind") +
                          " the tensor before, which ends at byte " + std::to_string(covered));
     }
     covered = tensor.end;
@@ -227,8 +228,10 @@ std::string_view scalar_type_name(ScalarType type) { return row_of(type).name; }
 
 std::size_t byte_count(ScalarType type, std::span<const std::int64_t> shape) {
   if (const std::optional<std::size_t> size = checked_byte_count(type, shape)) return *size;
-  throw ShapeError("byte_count: the shape must have at most 64 dimensions, none negative, and fit " +
-                   std::string("into memory, got ") + list(shape));
+  throw ShapeError(
+      "byte_count: a shape must have at most 64 dimensions, none of them negative, and "
+      "fit into memory, got " +
+      list(shape));
 }
 
 SafetensorsView SafetensorsView::parse(std::span<const std::byte> file, std::string_view source) {

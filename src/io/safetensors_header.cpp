@@ -18,13 +18,27 @@ namespace {
 enum class Kind { kNull, kBoolean, kNegative, kUnsigned, kFraction, kString, kObject, kArray };
 
 constexpr std::array<std::string_view, 8> kKindNames = {
-    "null", "a boolean", "a negative number", "a non-negative integer", "a fraction or huge number",
-    "a string", "an object", "an array",
+    "null",
+    "a boolean",
+    "a negative number",
+    "a non-negative integer",
+    "a fraction or huge number",
+    "a string",
+    "an object",
+    "an array",
 };
 
 /// A place in the header where one value stands.
 enum class Slot {
-  kHeader, kMetadata, kMetadataValue, kTensor, kDtype, kShape, kDimension, kOffsets, kOffset,
+  kHeader,
+  kMetadata,
+  kMetadataValue,
+  kTensor,
+  kDtype,
+  kShape,
+  kDimension,
+  kOffsets,
+  kOffset,
 };
 
 enum class Subject { kHeader, kMetadata, kTensor };
@@ -66,7 +80,6 @@ class HeaderReader {
  public:
   using Json = nlohmann::json;
 
-  // NOLINTBEGIN(readability-identifier-naming)
   bool null() { return expect(Kind::kNull); }
   bool boolean(bool) { return expect(Kind::kBoolean); }
   bool number_integer(Json::number_integer_t) { return expect(Kind::kNegative); }
@@ -87,7 +100,6 @@ class HeaderReader {
   bool start_array(std::size_t);
   bool end_array();
   bool parse_error(std::size_t position, const std::string&, const Json::exception& error);
-  // NOLINTEND(readability-identifier-naming)
 
   [[nodiscard]] const std::string& failure() const { return failure_; }
   SafetensorsHeader take() { return std::move(header_); }
@@ -106,11 +118,11 @@ class HeaderReader {
   bool check_fields();
 
   SafetensorsHeader header_;
-  Slot slot_ = Slot::kHeader;            // where the next value stands
-  Subject object_ = Subject::kHeader;    // the object whose keys come next
+  Slot slot_ = Slot::kHeader;          // where the next value stands
+  Subject object_ = Subject::kHeader;  // the object whose keys come next
   std::string metadata_key_;
   std::array<bool, kFields.size()> seen_{};  // of the tensor's fields
-  std::size_t offsets_ = 0;              // of the tensor's data_offsets
+  std::size_t offsets_ = 0;                  // of the tensor's data_offsets
   bool metadata_seen_ = false;
   std::string failure_;
 };
@@ -124,9 +136,15 @@ bool HeaderReader::expect(Kind kind) {
 
 bool HeaderReader::fail(Subject subject, const std::string& what) {
   switch (subject) {
-    case Subject::kHeader: failure_ = "the header " + what; break;
-    case Subject::kMetadata: failure_ = "__metadata__ " + what; break;
-    case Subject::kTensor: failure_ = "tensor " + quote(tensor().name) + ": " + what; break;
+    case Subject::kHeader:
+      failure_ = "the header " + what;
+      break;
+    case Subject::kMetadata:
+      failure_ = "__metadata__ " + what;
+      break;
+    case Subject::kTensor:
+      failure_ = "tensor " + quote(tensor().name) + ": " + what;
+      break;
   }
   return false;
 }
@@ -139,9 +157,12 @@ bool HeaderReader::start_object(std::size_t) {
 
 bool HeaderReader::key(std::string& name) {
   switch (object_) {
-    case Subject::kHeader: return start_member(name);
-    case Subject::kMetadata: return start_metadata_value(name);
-    case Subject::kTensor: return start_field(name);
+    case Subject::kHeader:
+      return start_member(name);
+    case Subject::kMetadata:
+      return start_metadata_value(name);
+    case Subject::kTensor:
+      return start_field(name);
   }
   return false;
 }

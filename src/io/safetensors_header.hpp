@@ -9,7 +9,8 @@
 namespace fastweights::io::detail {
 
 struct SafetensorsHeader {
-  std::vector<TensorInfo> tensors;  // in the header's order; names may repeat, sizes are not checked
+  /// In the header's order; names may repeat, and sizes are not checked.
+  std::vector<TensorInfo> tensors;
   Metadata metadata;
 };
 

@@ -36,12 +36,13 @@ at::Tensor to_tensor(std::span<const std::int64_t> values) {
 }
 
 at::Device device_of(const nn::LanguageModelImpl& model) {
-  return model.parameters().front().device();
+  return model.embedding->weight.device();
 }
 
-/// A model that a session can run: of bytes.
+/// A model that a session can run: of bytes, and with nothing left to chance.
 Model checked(Model model) {
   if (!model) throw Error("session: there is no model");
+  if (model->is_training()) throw Error("session: the model must be in evaluation mode (eval())");
   if (model->config().vocabulary_size != io::ByteTokenizer::kVocabularySize) {
     throw Error("session: the model's vocabulary must be the 256 bytes, got " +
                 std::to_string(model->config().vocabulary_size) + " tokens");

@@ -10,6 +10,7 @@
 #include <vector>
 
 /// The entry point that libFuzzer, or replay.cpp, calls with one input.
+// NOLINTNEXTLINE(readability-identifier-naming): libFuzzer's name
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size);
 
 namespace fastweights::fuzz {

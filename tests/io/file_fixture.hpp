@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -11,7 +12,6 @@
 #include <string_view>
 #include <vector>
 
-#include <stdlib.h>
 #include <unistd.h>
 
 namespace fastweights::test {

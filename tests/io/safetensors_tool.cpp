@@ -19,7 +19,7 @@ namespace io = fastweights::io;
 int check(std::span<char*> paths) {
   for (const char* path : paths) {
     try {
-      io::SafetensorsFile{path};
+      const io::SafetensorsFile file(path);
       std::puts("ok");
     } catch (const fastweights::FileError& error) {
       std::puts(error.what());

@@ -35,8 +35,9 @@ using Names = std::vector<std::string>;
 
 void check_refused(const std::filesystem::path& path, const std::string& cause) {
   CAPTURE(path);
-  CHECK_THROWS_MATCHES(write_file_atomically(path, "new"), FileError,
-                       MessageMatches(ContainsSubstring(path.filename()) && ContainsSubstring(cause)));
+  CHECK_THROWS_MATCHES(
+      write_file_atomically(path, "new"), FileError,
+      MessageMatches(ContainsSubstring(path.filename()) && ContainsSubstring(cause)));
 }
 
 unsigned permissions_of(const std::filesystem::path& path) {

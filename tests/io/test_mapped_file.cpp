@@ -23,8 +23,9 @@ using test::put;
 
 void check_refused(const std::filesystem::path& path, const std::string& cause) {
   CAPTURE(path);
-  CHECK_THROWS_MATCHES(MappedFile(path), FileError,
-                       MessageMatches(ContainsSubstring(path.filename()) && ContainsSubstring(cause)));
+  CHECK_THROWS_MATCHES(
+      MappedFile(path), FileError,
+      MessageMatches(ContainsSubstring(path.filename()) && ContainsSubstring(cause)));
 }
 
 TEST_CASE("a mapped file shows the file's bytes", "[io][mapped_file]") {

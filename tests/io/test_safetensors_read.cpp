@@ -73,16 +73,22 @@ TEST_CASE("a view shows tensors where they lie", "[io][safetensors]") {
 
 TEST_CASE("every dtype is known by its name and size", "[io][safetensors]") {
   const auto [name, type, size] = GENERATE(table<std::string, ScalarType, std::size_t>({
-      {"F64", ScalarType::F64, 8}, {"F32", ScalarType::F32, 4}, {"F16", ScalarType::F16, 2},
-      {"BF16", ScalarType::BF16, 2}, {"I64", ScalarType::I64, 8}, {"I32", ScalarType::I32, 4},
-      {"I16", ScalarType::I16, 2}, {"I8", ScalarType::I8, 1}, {"U8", ScalarType::U8, 1},
+      {"F64", ScalarType::F64, 8},
+      {"F32", ScalarType::F32, 4},
+      {"F16", ScalarType::F16, 2},
+      {"BF16", ScalarType::BF16, 2},
+      {"I64", ScalarType::I64, 8},
+      {"I32", ScalarType::I32, 4},
+      {"I16", ScalarType::I16, 2},
+      {"I8", ScalarType::I8, 1},
+      {"U8", ScalarType::U8, 1},
       {"BOOL", ScalarType::BOOL, 1},
   }));
   CHECK(scalar_type_name(type) == name);
   CHECK(element_size(type) == size);
   const std::string end = std::to_string(3 * size);
-  const std::string file = file_with(one('"' + name + '"', "[3]", "[0," + end + "]"),
-                                     std::string(3 * size, 'x'));
+  const std::string file =
+      file_with(one('"' + name + '"', "[3]", "[0," + end + "]"), std::string(3 * size, 'x'));
   CHECK(parse(file).find("a")->type == type);
 }
 
@@ -103,10 +109,10 @@ TEST_CASE("a file without tensors, scalars and zero-size tensors are accepted",
 }
 
 TEST_CASE("names may be any text", "[io][safetensors]") {
-  const std::string file = file_with(
-      "{" + u8("", 0, 1) + "," + u8(R"(a\u0000b)", 1, 2) + "," + u8("größe", 2, 3) + "," +
-          u8(R"(\"\\\n\ud834\udd1e)", 3, 4) + "}",
-      "wxyz");
+  const std::string file =
+      file_with("{" + u8("", 0, 1) + "," + u8(R"(a\u0000b)", 1, 2) + "," + u8("größe", 2, 3) + "," +
+                    u8(R"(\"\\\n\ud834\udd1e)", 3, 4) + "}",
+                "wxyz");
   const SafetensorsView view = parse(file);
   CHECK(text_of(view.bytes(*view.find(""))) == "w");
   CHECK(text_of(view.bytes(*view.find("a\0b"s))) == "x");
@@ -115,10 +121,9 @@ TEST_CASE("names may be any text", "[io][safetensors]") {
 }
 
 TEST_CASE("tensors need not be aligned", "[io][safetensors]") {
-  const std::string file = file_with(
-      R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
-      R"("b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}})",
-      "a1234");
+  const std::string file = file_with(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
+                                     R"("b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}})",
+                                     "a1234");
   CHECK(text_of(parse(file).bytes(*parse(file).find("b"))) == "1234");
 }
 
@@ -148,7 +153,8 @@ TEST_CASE("a view does not read beyond its file for a foreign tensor", "[io][saf
 TEST_CASE("a length of the header that cannot be is refused", "[io][safetensors]") {
   check_refused("", "it has 0 bytes");
   check_refused("1234567", "it has 7 bytes");
-  check_refused(length_prefix(3) + "{}", "the file is cut off: the header's length is 3, but only 2");
+  check_refused(length_prefix(3) + "{}",
+                "the file is cut off: the header's length is 3, but only 2");
   check_refused(length_prefix(100'000'001), "100000001, above the limit of 100000000");
   check_refused(length_prefix(UINT64_MAX) + "{}", "above the limit");
   check_refused(length_prefix(std::uint64_t{1} << 63) + "{}", "above the limit");
@@ -219,9 +225,9 @@ TEST_CASE("fields of a wrong kind, missing, unknown or there twice are refused",
 }
 
 TEST_CASE("sizes that overflow are refused", "[io][safetensors]") {
-  const std::string shape = GENERATE(as<std::string>(), "[9223372036854775807]",
-                                     "[4294967296,4294967296]", "[0,9223372036854775807]",
-                                     "[4611686018427387904,2,0]", "[3,3074457345618258603]");
+  const std::string shape =
+      GENERATE(as<std::string>(), "[9223372036854775807]", "[4294967296,4294967296]",
+               "[0,9223372036854775807]", "[4611686018427387904,2,0]", "[3,3074457345618258603]");
   CAPTURE(shape);
   check_refused(file_with(one(R"("F32")", shape, "[0,0]"), ""), "larger than any memory");
 }
@@ -246,11 +252,13 @@ TEST_CASE("offsets that do not fit are refused", "[io][safetensors]") {
       {one(R"("U8")", "[3]", "[1,4]"), "begins at byte 1 of the data, with a gap behind"},
       {one(R"("U8")", "[3]", "[0,3]"), "the tensors end at byte 3 of the data, but 1 more bytes"},
       {"{}", "the tensors end at byte 0 of the data, but 4 more bytes follow"},
-      {"{" + u8("a", 0, 3) + "," + u8("b", 2, 4) + "}", "tensor 'b', U8 [2], begins at byte 2 of the "
+      {"{" + u8("a", 0, 3) + "," + u8("b", 2, 4) + "}",
+       "tensor 'b', U8 [2], begins at byte 2 of the "
        "data, inside the tensor before, which ends at byte 3"},
       {"{" + u8("a", 0, 4) + "," + u8("b", 0, 4) + "}", "tensor 'b', U8 [4], begins at byte 0"},
       {"{" + u8("a", 0, 4) + "," + u8("b", 2, 2) + "}", "tensor 'b', U8 [0], begins at byte 2"},
-      {"{" + u8("a", 0, 1) + "," + u8("b", 2, 4) + "}", "tensor 'b', U8 [2], begins at byte 2 of the "
+      {"{" + u8("a", 0, 1) + "," + u8("b", 2, 4) + "}",
+       "tensor 'b', U8 [2], begins at byte 2 of the "
        "data, with a gap behind the tensor before, which ends at byte 1"},
   }));
   CAPTURE(header);

@@ -43,10 +43,9 @@ Tensors odd_sizes() {
 TEST_CASE("a written file is, byte for byte, what the format says", "[io][safetensors]") {
   const Tensors tensors = {{"b", ScalarType::U8, {2}, bytes_of("xy")},
                            {"a", ScalarType::F32, {1, 1}, bytes_of("1234")}};
-  const std::string header =
-      R"({"__metadata__":{"format":"pt"},)"
-      R"("a":{"dtype":"F32","shape":[1, 1],"data_offsets":[0, 4]},)"
-      R"("b":{"dtype":"U8","shape":[2],"data_offsets":[4, 6]}})";
+  const std::string header = R"({"__metadata__":{"format":"pt"},)"
+                             R"("a":{"dtype":"F32","shape":[1, 1],"data_offsets":[0, 4]},)"
+                             R"("b":{"dtype":"U8","shape":[2],"data_offsets":[4, 6]}})";
   const std::string padding((8 - header.size() % 8) % 8, ' ');
   CHECK(serialized(tensors, {{"format", "pt"}}) ==
         length_prefix(header.size() + padding.size()) + header + padding + "1234xy");

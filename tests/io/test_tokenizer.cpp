@@ -39,7 +39,8 @@ TEST_CASE("decode refuses what is no byte and says where it stands", "[io][token
   const auto refused = [&](std::int64_t token) {
     const std::string message =
         "ByteTokenizer: token 1 must be in [0, 256), got " + std::to_string(token);
-    CHECK_THROWS_MATCHES(tokenizer.decode(Tokens{0, token}), Error, Catch::Matchers::Message(message));
+    CHECK_THROWS_MATCHES(tokenizer.decode(Tokens{0, token}), Error,
+                         Catch::Matchers::Message(message));
   };
   refused(-1);
   refused(256);

@@ -105,7 +105,7 @@ TEST_CASE("the end of a work is padded and not counted", "[batch_stream]") {
 }
 
 TEST_CASE("resets happen with their probability", "[batch_stream]") {
-  const std::vector<Work> works = {{"long", random_bytes(100000, 5)}};
+  const std::vector<Work> works = {{"long", random_bytes(1000000, 5)}};
   BatchStream never(works, {.rows = 4, .segment = 32, .reset_probability = 0.0, .seed = 1});
   BatchStream often(works, {.rows = 4, .segment = 32, .reset_probability = 0.5, .seed = 1});
   never.next();

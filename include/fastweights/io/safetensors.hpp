@@ -24,8 +24,8 @@ std::size_t element_size(ScalarType type);
 /// The name in the file: "F32".
 std::string_view scalar_type_name(ScalarType type);
 
-/// Bytes of a tensor. Throws ShapeError if a dimension is negative, if there are more than 64, or if
-/// the size with every 0 taken as 1 does not fit into int64 (then its strides would not either).
+/// Bytes of a tensor. Throws ShapeError if a dimension is negative, if there are more than 64, or
+/// if the size with every 0 taken as 1 does not fit into int64 (then its strides would not either).
 std::size_t byte_count(ScalarType type, std::span<const std::int64_t> shape);
 
 /// The header's `__metadata__`.

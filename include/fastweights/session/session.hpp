@@ -77,10 +77,11 @@ struct WriteOptions {
 /// the last complete step. Copies are independent and share what neither has changed.
 class Session {
  public:
-  /// An empty session. Throws Error if the model's vocabulary is not that of bytes (256), or if
-  /// `options.piece` < 1.
+  /// An empty session. Throws Error if the model is in training mode or its vocabulary is not that
+  /// of bytes (256), or if `options.piece` < 1.
   explicit Session(std::shared_ptr<const nn::LanguageModelImpl> model,
                    const SessionOptions& options = {});
+
   /// Reads a text of any length, any bytes, and learns from it.
   void read(std::string_view text, const Progress& progress = {});
 
