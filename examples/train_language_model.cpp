@@ -5,6 +5,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <exception>
+#include <string_view>
 
 #include "training/options.hpp"
 #include "training/trainer.hpp"
@@ -15,7 +16,8 @@ volatile std::sig_atomic_t stop_signal = 0;
 
 void request_stop(int signal) { stop_signal = signal; }
 
-/// The first Ctrl-C asks for a checkpoint; a second one, or a second SIGTERM, ends the process at once.
+/// The first Ctrl-C asks for a checkpoint; a second one, or a second SIGTERM, ends the process at
+/// once.
 void catch_signals() {
   struct sigaction action = {};
   action.sa_handler = request_stop;
@@ -33,7 +35,9 @@ int main(int argc, char** argv) {
     const auto outcome = trainer.run([] { return stop_signal != 0; });
     return outcome == training::Outcome::kFinished ? EXIT_SUCCESS : 128 + stop_signal;
   } catch (const std::exception& error) {
-    fmt::print(stderr, "train_language_model: {}\n", error.what());
+    // LibTorch's errors go on with a stack trace: the first line says it.
+    const std::string_view message = error.what();
+    fmt::print(stderr, "train_language_model: {}\n", message.substr(0, message.find('\n')));
     return EXIT_FAILURE;
   }
 }

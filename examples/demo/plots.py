@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from report import interval_text, label_of
 
 Figures = dict[str, Any]
-COLOURS = ["#1b6ca8", "#e08e0b", "#c8553d", "#6b6b6b", "#9d9d9d"]
+COLOURS = ["#1b6ca8", "#e08e0b", "#c8553d", "#6b6b6b", "#a8a8a8", "#5b8c5a"]
 
 
 def save_plot(figures: Figures, path: Path) -> None:

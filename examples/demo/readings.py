@@ -2,9 +2,9 @@
 
 The carried reading is what a user gets: a Session. The others run the same weights through the
 Python model, many stretches of the text as rows of one batch. So that nothing but the memory
-differs, each row first passes over the bytes before its stretch, as far as attention reaches
-(layers x window): its attention window and short convolution hold what they would hold in one long
-run.
+differs, each row first passes over the bytes before its stretch, a window farther than attention
+reaches (layers x window): its attention window and short convolution hold what they would hold in
+one long run.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _read_rows(
     assert period % step == 0
     stretch = -(-len(text) // (ROWS * period)) * period
     rows = -(-len(text) // stretch)
-    tokens, warm = _cut(text, rows, stretch, reach(model))
+    warm = reach(model) + step
+    tokens = _cut(text, rows, stretch, warm)
     bits = np.zeros((rows, stretch))
     with torch.inference_mode():
         state = model.initial_state(rows)
@@ -92,11 +93,11 @@ def _read_rows(
     return bits.reshape(-1)[: len(text)]
 
 
-def _cut(text: bytes, rows: int, stretch: int, warm: int) -> tuple[torch.Tensor, int]:
+def _cut(text: bytes, rows: int, stretch: int, warm: int) -> torch.Tensor:
     """Rows of `warm + stretch` tokens, overlapping by `warm`; zeros where there is no text."""
     padded = bytes(warm) + text + bytes(rows * stretch - len(text))
     flat = torch.frombuffer(bytearray(padded), dtype=torch.uint8).long()
-    return flat.unfold(0, warm + stretch, stretch), warm
+    return flat.unfold(0, warm + stretch, stretch)
 
 
 def _start_first_row(

@@ -56,7 +56,7 @@ def reading(figures: Figures) -> str:
     lines = [
         f"Read in {r['seconds']:.1f} s, {figures['text']['bytes'] / r['seconds']:,.0f} bytes/s, "
         f"questions included. The session holds {_megabytes(r['session_bytes'])} of tensors at any "
-        f"length, and a log of {_megabytes(r['log_bytes'])}."
+        f"length, and a log of {r['log_bytes']:,} bytes."
     ]
     if len(r["resident_bytes"]) > 4:
         early = r["resident_bytes"][len(r["resident_bytes"]) // 10]
@@ -113,9 +113,8 @@ def recall(figures: Figures) -> str:
         return "The text has no words outside the commonest ones: nothing to recall."
     names = list(rows[0]["costs"])
     lines = [
-        "Bits per word, for words that are none of the commonest, by distance from where the same "
-        "word stood last;",
-        "the other columns: what it costs more than with the carried memory.",
+        "Bits per word, for words that are none of the commonest, by distance from where the same",
+        "word stood last; the other columns: what it costs more than with the carried memory.",
         "",
         f"  {'bytes back':<14} {'words':>6} {'carried':>8}   "
         + "   ".join(f"{_short(name):<24}" for name in names),

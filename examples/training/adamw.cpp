@@ -22,7 +22,8 @@ bool AdamW::decays(const std::string& name, const at::Tensor& parameter) {
 }
 
 AdamW::AdamW(NamedTensors parameters, const AdamWOptions& options)
-    : options_(options), groups_{{options.weight_decay, {}, {}, {}, {}, {}}, {0.0, {}, {}, {}, {}, {}}} {
+    : options_(options),
+      groups_{{options.weight_decay, {}, {}, {}, {}, {}}, {0.0, {}, {}, {}, {}, {}}} {
   for (auto& [name, parameter] : parameters) {
     Group& group = groups_[decays(name, parameter) ? 0 : 1];
     group.names.push_back(name);

@@ -17,18 +17,18 @@ struct AdamWOptions {
   double clip = 1.0;  ///< largest global L2 norm of the gradient; 0: no limit
 };
 
-/// AdamW (Loshchilov & Hutter 2019) by PyTorch's fused kernel: one pass over parameter, gradient and
-/// both moments, about 35 times as fast on a CPU as the separate operations of `torch::optim::AdamW`.
-/// Weight decay applies to the matrices of projections only: vectors, gains, gates, filters, sinks and
-/// the embedding are exempt.
+/// AdamW (Loshchilov & Hutter 2019) by PyTorch's fused kernel: one pass over parameter, gradient
+/// and both moments, about 35 times as fast on a CPU as the separate operations of
+/// `torch::optim::AdamW`. Weight decay applies to the matrices of projections only: vectors, gains,
+/// gates, filters, sinks and the embedding are exempt.
 class AdamW {
  public:
   using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 
   AdamW(NamedTensors parameters, const AdamWOptions& options);
 
-  /// Clips the gradients and updates the parameters; returns the norm before clipping. Where that is
-  /// not finite nothing is changed. Clears the gradients.
+  /// Clips the gradients and updates the parameters; returns the norm before clipping. Where that
+  /// is not finite nothing is changed. Clears the gradients.
   double step(double learning_rate);
 
   /// Moments and step count by name. `restore` throws `fastweights::StateMismatch`.

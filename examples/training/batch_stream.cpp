@@ -73,7 +73,8 @@ int64_t BatchStream::deal() {
 
 void BatchStream::start_work(Row& row) { row = Row{deal(), 0, {}}; }
 
-std::optional<BatchStream::Repeat> BatchStream::plan_repeat(const Row& row, std::string_view ahead) {
+std::optional<BatchStream::Repeat> BatchStream::plan_repeat(const Row& row,
+                                                            std::string_view ahead) {
   if (random_.uniform() >= options_.repeat_probability) return std::nullopt;
   const auto length = static_cast<int64_t>(ahead.size());
   const int64_t wanted = kShortestRepeat + random_.below(kLongestRepeat - kShortestRepeat + 1);
@@ -109,8 +110,8 @@ std::string BatchStream::read(Row& row) {
 Segment BatchStream::next() {
   const int64_t rows = options_.rows;
   const int64_t length = options_.segment;
-  Segment segment{at::zeros({rows, length}, at::kLong), at::full({rows, length}, kIgnored, at::kLong),
-                  at::zeros({rows}, at::kBool)};
+  Segment segment{at::zeros({rows, length}, at::kLong),
+                  at::full({rows, length}, kIgnored, at::kLong), at::zeros({rows}, at::kBool)};
   auto* inputs = segment.inputs.mutable_data_ptr<int64_t>();
   auto* targets = segment.targets.mutable_data_ptr<int64_t>();
   auto* fresh = segment.fresh.mutable_data_ptr<bool>();

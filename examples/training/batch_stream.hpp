@@ -26,21 +26,21 @@ constexpr int64_t kIgnored = -100;
 
 struct StreamOptions {
   int64_t rows = 8;
-  int64_t segment = 512;             ///< T
-  double reset_probability = 0.0;    ///< that a row forgets at a segment's boundary, in mid-work
-  double repeat_probability = 0.0;   ///< that a row reads a passage again within a segment
+  int64_t segment = 512;            ///< T
+  double reset_probability = 0.0;   ///< that a row forgets at a segment's boundary, in mid-work
+  double repeat_probability = 0.0;  ///< that a row reads a passage again within a segment
   uint64_t seed = 0;
 };
 
-/// The training data as `rows` streams. Each row reads its own work from front to back, segment after
-/// segment, so that the state carried from one segment to the next is that of the text before; at the
-/// end of a work the row is marked fresh and goes on with the next one. The works are dealt out from
-/// a shuffled deck; each row's first work is entered at a random offset, so that rows are at different
-/// places.
+/// The training data as `rows` streams. Each row reads its own work from front to back, segment
+/// after segment, so that the state carried from one segment to the next is that of the text
+/// before; at the end of a work the row is marked fresh and goes on with the next one. The works
+/// are dealt out from a shuffled deck; each row's first work is entered at a random offset, so that
+/// rows are at different places.
 ///
-/// Planted repeats: natural text gives little reason to keep what was read thousands of bytes ago, so
-/// a passage of 64–256 bytes that the row read 256…16384 bytes (log-uniform) earlier is spliced in
-/// again, whole lines where lines are near.
+/// Planted repeats: natural text gives little reason to keep what was read thousands of bytes ago,
+/// so a passage of 64–256 bytes that the row read 256…16384 bytes (log-uniform) earlier is spliced
+/// in again, whole lines where lines are near.
 class BatchStream {
  public:
   /// `works` must outlive the stream.
@@ -48,8 +48,8 @@ class BatchStream {
 
   Segment next();
 
-  /// Everything that decides what `next` returns, by name; `restore` of another stream over the same
-  /// works and options continues exactly. `restore` throws `fastweights::StateMismatch`.
+  /// Everything that decides what `next` returns, by name; `restore` of another stream over the
+  /// same works and options continues exactly. `restore` throws `fastweights::StateMismatch`.
   std::map<std::string, at::Tensor> save() const;
   void restore(const std::map<std::string, at::Tensor>& tensors);
 

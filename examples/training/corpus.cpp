@@ -17,7 +17,8 @@ namespace fs = std::filesystem;
 std::vector<fs::path> texts_below(const fs::path& folder) {
   std::vector<fs::path> files;
   for (const auto& entry : fs::recursive_directory_iterator(folder)) {
-    if (entry.is_regular_file() && entry.path().extension() == ".txt") files.push_back(entry.path());
+    if (entry.is_regular_file() && entry.path().extension() == ".txt")
+      files.push_back(entry.path());
   }
   if (files.empty()) {
     throw fastweights::FileError("texts: folder " + folder.string() + " holds no .txt file");
@@ -74,7 +75,8 @@ std::string digest(const std::vector<Work>& works) {
     mix(work.bytes);
   }
   std::string text(16, '0');
-  for (size_t i = 0; i < text.size(); ++i) text[i] = "0123456789abcdef"[(hash >> (60 - 4 * i)) & 15];
+  for (size_t i = 0; i < text.size(); ++i)
+    text[i] = "0123456789abcdef"[(hash >> (60 - 4 * i)) & 15];
   return text;
 }
 

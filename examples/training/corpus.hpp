@@ -20,8 +20,8 @@ std::vector<Work> read_works(const std::vector<std::filesystem::path>& paths);
 /// Total size in bytes.
 size_t total_bytes(const std::vector<Work>& works);
 
-/// A short digest (FNV-1a, 64 bits, hexadecimal) of names and bytes: a resumed run must see the same
-/// texts. It guards against mistakes, not against malice.
+/// A short digest (FNV-1a, 64 bits, hexadecimal) of names and bytes: a resumed run must see the
+/// same texts. It guards against mistakes, not against malice.
 std::string digest(const std::vector<Work>& works);
 
 }  // namespace training

@@ -40,6 +40,12 @@ void assign(json& config, const std::string& setting) {
   config[setting.substr(0, equals)] = value.is_discarded() ? json(text) : std::move(value);
 }
 
+std::string joined(int argc, char** argv) {
+  std::string command;
+  for (int i = 0; i < argc; ++i) command += (i > 0 ? " " : "") + std::string(argv[i]);
+  return command;
+}
+
 fastweights::nn::LanguageModelConfig read_config(const std::filesystem::path& path,
                                                  const std::vector<std::string>& settings) {
   const fastweights::nn::LanguageModelConfig defaults;
@@ -47,8 +53,9 @@ fastweights::nn::LanguageModelConfig read_config(const std::filesystem::path& pa
   for (const std::string& setting : settings) assign(config, setting);
   const auto result = fastweights::nn::LanguageModelConfig::from_json(config.dump());
   if (result.vocabulary_size != 256) {
-    throw fastweights::Error("config: texts are read as bytes, so vocabulary_size must be 256, got " +
-                             std::to_string(result.vocabulary_size));
+    throw fastweights::Error(
+        "config: texts are read as bytes, so vocabulary_size must be 256, got " +
+        std::to_string(result.vocabulary_size));
   }
   return result;
 }
@@ -71,7 +78,8 @@ void add_batch_options(CLI::App& app, Options& options) {
   app.add_option("--segment", options.segment,
                  "Bytes per segment: back-propagation stops at its start, the state is carried on")
       ->check(CLI::Range(16, 1 << 20));
-  app.add_option("--accumulation", options.accumulation, "Turns in which each thread takes its rows: less memory")
+  app.add_option("--accumulation", options.accumulation,
+                 "Turns in which each thread takes its rows: less memory")
       ->check(CLI::Range(1, 1024));
   app.add_option("--reset-probability", options.reset_probability,
                  "That a row starts a segment with an empty state in mid-work")
@@ -97,8 +105,9 @@ void add_optimizer_options(CLI::App& app, Options& options) {
 
 void add_run_options(CLI::App& app, Options& options) {
   app.add_option("--steps", options.steps, "Updates")->check(CLI::NonNegativeNumber);
-  app.add_option("--seconds", options.seconds,
-                 "Wall time; the learning rate follows whichever of --steps and --seconds ends first")
+  app.add_option(
+         "--seconds", options.seconds,
+         "Wall time; the learning rate follows whichever of --steps and --seconds ends first")
       ->check(CLI::NonNegativeNumber);
   app.add_flag("--bf16", options.bf16, "Matrix products in bf16 (autocast); weights stay fp32");
   app.add_option("--threads", options.threads, "Workers; each takes its share of the batch")
@@ -146,6 +155,7 @@ Options parse_options(int argc, char** argv) {
     throw fastweights::Error("--resume and --overwrite exclude each other");
   }
   options.model = read_config(config, settings);
+  options.command = joined(argc, argv);
   return options;
 }
 

@@ -16,6 +16,7 @@ struct Options {
   std::vector<std::filesystem::path> texts;
   std::vector<std::filesystem::path> held_out;
   std::filesystem::path output;
+  std::string command;  ///< as it was given, for the log
   bool resume = false;
   bool overwrite = false;
 
@@ -34,9 +35,9 @@ struct Options {
   int threads = 1;  ///< workers, each with its share of the batch
   uint64_t seed = 0;
 
-  int64_t log_every = 10;         ///< steps
-  int64_t evaluate_every = 500;   ///< steps; 0: only at the end
-  int64_t evaluate_bytes = 65536; ///< of each held-out work, while training
+  int64_t log_every = 10;          ///< steps
+  int64_t evaluate_every = 500;    ///< steps; 0: only at the end
+  int64_t evaluate_bytes = 65536;  ///< of each held-out work, while training
   double checkpoint_seconds = 300.0;
 };
 

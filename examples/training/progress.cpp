@@ -21,8 +21,9 @@ std::string bar(double done) {
 
 std::string describe(const ProgressReport& report) {
   return fmt::format("{:5.1f}%  step {}  {:.3f} bits/byte  {:.0f} bytes/s  lr {:.2e}  {} left",
-                     100.0 * report.done, report.step, report.bits_per_byte, report.bytes_per_second,
-                     report.learning_rate, clock_time(report.seconds_left));
+                     100.0 * report.done, report.step, report.bits_per_byte,
+                     report.bytes_per_second, report.learning_rate,
+                     clock_time(report.seconds_left));
 }
 
 }  // namespace

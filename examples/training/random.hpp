@@ -4,7 +4,8 @@
 
 namespace training {
 
-/// SplitMix64 (Steele, Lea & Flood 2014): one word of state, so that a checkpoint holds it as it is.
+/// SplitMix64 (Steele, Lea & Flood 2014): one word of state, so that a checkpoint holds it as it
+/// is.
 class Random {
  public:
   explicit Random(uint64_t state) : state_(state) {}

@@ -10,8 +10,8 @@ namespace training {
 /// One JSON object a line, each with a `step`.
 class RunLog {
  public:
-  /// Keeps what the file holds up to `last_step` and drops the rest: a resumed run takes those steps
-  /// again. A negative `last_step` starts an empty log. Throws `fastweights::FileError`.
+  /// Keeps what the file holds up to `last_step` and drops the rest: a resumed run takes those
+  /// steps again. A negative `last_step` starts an empty log. Throws `fastweights::FileError`.
   RunLog(const std::filesystem::path& path, int64_t last_step);
 
   void write(const nlohmann::json& record);

@@ -2,7 +2,8 @@
 
 namespace training {
 
-/// Linear warm-up, then a cosine (Loshchilov & Hutter 2016) from `peak` down to `peak · final_ratio`.
+/// Linear warm-up, then a cosine (Loshchilov & Hutter 2016) from `peak` down to `peak ·
+/// final_ratio`.
 struct Schedule {
   double peak = 2e-3;
   double final_ratio = 0.02;

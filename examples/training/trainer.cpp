@@ -17,6 +17,7 @@
 #include "fastweights/io/safetensors.hpp"
 #include "fastweights/nn/model_folder.hpp"
 #include "fastweights/nn/tensor_file.hpp"
+#include "state_rows.hpp"
 
 namespace training {
 namespace {
@@ -35,30 +36,21 @@ nn::LanguageModel make_model(const Options& options) {
 
 AdamW::NamedTensors parameters_of(nn::LanguageModelImpl& model) {
   AdamW::NamedTensors parameters;
-  for (const auto& item : model.named_parameters()) parameters.emplace_back(item.key(), item.value());
+  for (const auto& item : model.named_parameters()) {
+    parameters.emplace_back(item.key(), item.value());
+  }
   return parameters;
 }
 
 StreamOptions stream_options(const Options& options) {
   // The data's order is apart from the weights' initial values, which come from the same seed.
-  return {options.batch, options.segment, options.reset_probability,
-          options.repeat_probability, options.seed ^ 0x5851f42d4c957f2dULL};
+  return {options.batch, options.segment, options.reset_probability, options.repeat_probability,
+          options.seed ^ 0x5851f42d4c957f2dULL};
 }
 
 json by_name(const std::vector<Work>& works, const std::vector<double>& values) {
   json object = json::object();
   for (size_t i = 0; i < works.size(); ++i) object[works[i].name] = values[i];
-  return object;
-}
-
-json whole_works(const std::vector<Work>& works, const std::vector<double>& carried,
-                 const std::vector<double>& attention_only) {
-  json object = json::object();
-  for (size_t i = 0; i < works.size(); ++i) {
-    object[works[i].name] = {{"bytes", works[i].bytes.size()},
-                             {"memory_carried", carried[i]},
-                             {"attention_only", attention_only[i]}};
-  }
   return object;
 }
 
@@ -68,7 +60,8 @@ void round_to_bf16(nn::LanguageModelImpl& model) {
 }
 
 /// The tensors whose names start with `prefix`, without it.
-nn::NamedTensors below(const std::map<std::string, at::Tensor>& tensors, const std::string& prefix) {
+nn::NamedTensors below(const std::map<std::string, at::Tensor>& tensors,
+                       const std::string& prefix) {
   nn::NamedTensors found;
   for (const auto& [name, tensor] : tensors) {
     if (name.starts_with(prefix)) found.emplace_back(name.substr(prefix.size()), tensor);
@@ -86,6 +79,13 @@ void restore_parameters(nn::LanguageModelImpl& model,
     }
     parameter.copy_(found->second);
   }
+}
+
+template <typename Map>
+const typename Map::mapped_type& required(const Map& map, const std::string& key) {
+  const auto found = map.find(key);
+  if (found == map.end()) throw fastweights::StateMismatch("checkpoint: no " + key);
+  return found->second;
 }
 
 double mean(const std::vector<double>& values) {
@@ -106,7 +106,19 @@ Trainer::Trainer(Options options)
       optimizer_(parameters_of(*model_), options_.optimizer),
       stream_(texts_, stream_options(options_)) {
   at::set_num_threads(1);  // the workers are the threads
-  split_state(model_->initial_state(options_.batch));
+  states_ = split_rows(model_->initial_state(options_.batch), parts());
+  prepare_output();
+  if (options_.resume) resume();
+  log_.emplace(options_.output / "log.jsonl", options_.resume ? counters_.step : -1);
+  if (!options_.resume) {
+    log_->write({{"event", "start"},
+                 {"step", 0},
+                 {"command", options_.command},
+                 {"recipe", json::parse(recipe_)}});
+  }
+}
+
+void Trainer::prepare_output() const {
   std::error_code error;
   fs::create_directories(options_.output, error);
   if (error) {
@@ -121,9 +133,8 @@ Trainer::Trainer(Options options)
     throw fastweights::FileError("output: " + checkpoint_path().string() +
                                  " exists; give --resume to go on or --overwrite to start anew");
   }
-  if (options_.resume) resume();
-  log_.emplace(options_.output / "log.jsonl", options_.resume ? counters_.step : -1);
-  if (!options_.resume) log_->write({{"event", "start"}, {"step", 0}, {"recipe", json::parse(recipe_)}});
+  // Otherwise a later --resume could join the old checkpoint to the new log.
+  if (exists && options_.overwrite) fs::remove(checkpoint_path());
 }
 
 fs::path Trainer::checkpoint_path() const { return options_.output / "checkpoint.safetensors"; }
@@ -164,19 +175,17 @@ void Trainer::train_step() {
   const double nats = backward(segment);
   const double norm = std::isfinite(nats) ? optimizer_.step(learning_rate) : nats;
   if (!std::isfinite(norm)) {
-    const std::string kept = fs::exists(checkpoint_path())
-                                 ? checkpoint_path().string() + " is kept"
-                                 : "there is no checkpoint yet";
-    throw fastweights::Error(fmt::format(
-        "step {}: the {} is not finite (learning rate {:.2e}); {}", counters_.step + 1,
-        std::isfinite(nats) ? "gradient" : "loss", learning_rate, kept));
+    const std::string kept = fs::exists(checkpoint_path()) ? checkpoint_path().string() + " is kept"
+                                                           : "there is no checkpoint yet";
+    throw fastweights::Error(
+        fmt::format("step {}: the {} is not finite (learning rate {:.2e}); {}", counters_.step + 1,
+                    std::isfinite(nats) ? "gradient" : "loss", learning_rate, kept));
   }
   counters_.step += 1;
   counters_.bytes += segment.bytes;
   const double bits = nats / std::numbers::ln2;
   counters_.bits += bits;
-  const double speed =
-      segment.bytes / std::chrono::duration<double>(Clock::now() - begin).count();
+  const double speed = segment.bytes / std::chrono::duration<double>(Clock::now() - begin).count();
   const bool first = recent_speed_ == 0.0;
   recent_bits_ = first ? bits : kSmoothing * recent_bits_ + (1 - kSmoothing) * bits;
   recent_speed_ = first ? speed : kSmoothing * recent_speed_ + (1 - kSmoothing) * speed;
@@ -206,39 +215,14 @@ double Trainer::backward_part(int worker, int64_t index, const Segment& segment)
     const Autocast autocast(options_.bf16);
     result = replicas_[worker].forward(rows(segment.inputs), state);
   }
-  const at::Tensor loss = at::cross_entropy_loss(
-      result.logits.flatten(0, 1).to(at::kFloat), rows(segment.targets).flatten(), {},
-      at::Reduction::Sum, kIgnored);
+  const at::Tensor loss =
+      at::cross_entropy_loss(result.logits.flatten(0, 1).to(at::kFloat),
+                             rows(segment.targets).flatten(), {}, at::Reduction::Sum, kIgnored);
   // Each byte counts alike, in whichever part of the batch it is.
   const at::Tensor share = loss / static_cast<double>(std::max<int64_t>(segment.bytes, 1));
   share.backward();
   states_[index] = result.state.detach();
   return share.item<double>();
-}
-
-nn::LanguageModelState Trainer::joined_state() const {
-  std::vector<nn::NamedTensors> tensors;
-  for (const nn::LanguageModelState& state : states_) tensors.push_back(state.tensors());
-  nn::NamedTensors joined;
-  for (size_t i = 0; i < tensors[0].size(); ++i) {
-    std::vector<at::Tensor> parts;
-    for (const nn::NamedTensors& of_part : tensors) parts.push_back(of_part[i].second);
-    joined.emplace_back(tensors[0][i].first, at::cat(parts));
-  }
-  return nn::LanguageModelState::from_tensors(joined);
-}
-
-void Trainer::split_state(const nn::LanguageModelState& state) {
-  const nn::NamedTensors tensors = state.tensors();
-  states_.clear();
-  for (int64_t index = 0; index < parts(); ++index) {
-    const auto [begin, end] = part(options_.batch, parts(), index);
-    nn::NamedTensors rows;
-    for (const auto& [name, tensor] : tensors) {
-      rows.emplace_back(name, tensor.slice(0, begin, end).contiguous());
-    }
-    states_.push_back(nn::LanguageModelState::from_tensors(rows));
-  }
 }
 
 void Trainer::record(double learning_rate, double norm) {
@@ -263,7 +247,8 @@ void Trainer::show(double learning_rate) {
 
 void Trainer::evaluate(const std::function<bool()>& stop) {
   if (held_out_.empty()) return;
-  const EvaluationOptions options{options_.evaluate_bytes, options_.segment, options_.bf16, options_.threads};
+  const EvaluationOptions options{options_.evaluate_bytes, options_.segment, options_.bf16,
+                                  options_.threads};
   model_->eval();
   const std::vector<double> bits = bits_per_byte(*model_, held_out_, options, stop);
   model_->train();
@@ -281,21 +266,10 @@ bool Trainer::finish(const std::function<bool()>& stop) {
   line_.finish();
   const fs::path folder = options_.output / "model";
   fastweights::save_model(folder, *model_, at::kBFloat16);
-  line_.note("wrote " + folder.string() + "; reading the held-out works");
-  json works = json::object();
-  if (!held_out_.empty()) {
-    // What is measured is what was written: the rounded weights, computed in fp32.
-    round_to_bf16(*model_);
-    model_->eval();
-    const EvaluationOptions whole{0, options_.segment, false, options_.threads};
-    const auto carried = bits_per_byte(*model_, held_out_, whole, stop);
-    model_->enable_memory(false);
-    const auto attention_only = bits_per_byte(*model_, held_out_, whole, stop);
-    model_->enable_memory(true);
-    if (attention_only.empty()) return false;
-    works = whole_works(held_out_, carried, attention_only);
-  }
-  const json summary = {{"what", "training of a byte language model"},
+  line_.note("wrote " + folder.string());
+  const json works = evaluate_whole_works(stop);
+  if (stop()) return false;
+  const json summary = {{"command", options_.command},
                         {"recipe", json::parse(recipe_)},
                         {"parameters", model_->parameter_count()},
                         {"training_bytes", total_bytes(texts_)},
@@ -303,11 +277,32 @@ bool Trainer::finish(const std::function<bool()>& stop) {
                         {"steps", counters_.step},
                         {"bytes_read", counters_.bytes},
                         {"seconds", seconds()},
-                        {"threads", options_.threads},
                         {"held_out", works}};
   fastweights::io::write_file_atomically(options_.output / "summary.json", summary.dump(1) + "\n");
-  line_.note(works.dump());
   return true;
+}
+
+json Trainer::evaluate_whole_works(const std::function<bool()>& stop) {
+  json object = json::object();
+  if (held_out_.empty()) return object;
+  // What is measured is what was written: the rounded weights, computed in fp32.
+  round_to_bf16(*model_);
+  model_->eval();
+  const EvaluationOptions whole{0, options_.segment, false, options_.threads};
+  const auto carried = bits_per_byte(*model_, held_out_, whole, stop);
+  model_->enable_memory(false);
+  const auto attention_only = bits_per_byte(*model_, held_out_, whole, stop);
+  model_->enable_memory(true);
+  if (attention_only.empty()) return object;
+  for (size_t i = 0; i < held_out_.size(); ++i) {
+    const Work& work = held_out_[i];
+    object[work.name] = {{"bytes", work.bytes.size()},
+                         {"memory_carried", carried[i]},
+                         {"attention_only", attention_only[i]}};
+    line_.note(fmt::format("{}: {:.4f} bits/byte, {:.4f} without memory", work.name, carried[i],
+                           attention_only[i]));
+  }
+  return object;
 }
 
 void Trainer::checkpoint() {
@@ -316,7 +311,7 @@ void Trainer::checkpoint() {
   for (const auto& [name, parameter] : parameters_of(*model_)) {
     tensors["model." + name] = parameter.detach();
   }
-  for (const auto& [name, tensor] : joined_state().tensors()) tensors["state." + name] = tensor;
+  for (const auto& [name, tensor] : join_rows(states_).tensors()) tensors["state." + name] = tensor;
   tensors["generator"] = at::detail::getDefaultCPUGenerator().get_state();
   const json counters = {{"step", counters_.step},
                          {"bytes", counters_.bytes},
@@ -344,7 +339,7 @@ void Trainer::resume() {
   if (!metadata.contains("format") || metadata.at("format") != kFormat) {
     throw fastweights::StateMismatch(checkpoint_path().string() + " is no training checkpoint");
   }
-  for (const std::string& change : changed_settings(metadata.at("recipe"), recipe_)) {
+  for (const std::string& change : changed_settings(required(metadata, "recipe"), recipe_)) {
     line_.note(change);
   }
   const nn::NamedTensors loaded = nn::load_tensors(checkpoint_path());
@@ -352,10 +347,10 @@ void Trainer::resume() {
   restore_parameters(*model_, tensors);
   optimizer_.restore(tensors);
   stream_.restore(tensors);
-  split_state(nn::LanguageModelState::from_tensors(below(tensors, "state.")));
+  states_ = split_rows(nn::LanguageModelState::from_tensors(below(tensors, "state.")), parts());
   auto generator = at::detail::getDefaultCPUGenerator();
-  generator.set_state(tensors.at("generator"));
-  const json counters = json::parse(metadata.at("counters"));
+  generator.set_state(required(tensors, "generator"));
+  const json counters = json::parse(required(metadata, "counters"));
   counters_ = {counters.at("step"), counters.at("bytes"), counters.at("seconds"),
                counters.at("bits")};
 }

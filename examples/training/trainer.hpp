@@ -3,7 +3,7 @@
 #include <chrono>
 #include <filesystem>
 #include <functional>
-#include <map>
+#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -21,22 +21,23 @@ namespace training {
 
 enum class Outcome { kFinished, kInterrupted };
 
-/// Trains a byte language model by truncated back-propagation through time: the fast-weight state is
-/// carried over segments, its gradient is not.
+/// Trains a byte language model by truncated back-propagation through time: the fast-weight state
+/// is carried over segments, its gradient is not.
 ///
 /// A checkpoint is one safetensors file with the model, both moments of the optimizer, the state of
 /// every row, the position in the data and both random generators; it is replaced atomically. A run
-/// that is resumed from it takes the same steps as one that was never interrupted, bit for bit on one
-/// machine with one thread setting (with `--seconds` the learning rate follows the clock, so there the
-/// steps are alike, not equal).
+/// that is resumed from it takes the same steps as one that was never interrupted, bit for bit on
+/// one machine with one thread setting. Alike, but not equal, are the steps with `--seconds`, where
+/// the learning rate follows the clock, and with memory dropout and several workers, which draw
+/// from one generator in no fixed order.
 class Trainer {
  public:
   /// Reads texts and, where asked for, the checkpoint. Throws `fastweights::Error`.
   explicit Trainer(Options options);
 
   /// Trains to the end of the budget, evaluates, writes the model folder. `stop` is asked between
-  /// steps; where it says yes a checkpoint is left. Throws `fastweights::Error` where the loss is not
-  /// finite (the last checkpoint is kept) or a file cannot be written.
+  /// steps; where it says yes a checkpoint is left. Throws `fastweights::Error` where the loss is
+  /// not finite (the last checkpoint is kept) or a file cannot be written.
   Outcome run(const std::function<bool()>& stop);
 
  private:
@@ -44,20 +45,20 @@ class Trainer {
     int64_t step = 0;
     int64_t bytes = 0;
     double seconds = 0.0;  // up to the checkpoint that was loaded
-    double bits = 0.0;  // summed since the last record
+    double bits = 0.0;     // summed since the last record
   };
 
+  void prepare_output() const;
   void resume();
   void train_step();
   double backward(const Segment& segment);
   double backward_part(int worker, int64_t index, const Segment& segment);
-  fastweights::nn::LanguageModelState joined_state() const;
-  void split_state(const fastweights::nn::LanguageModelState& state);
   int64_t parts() const { return options_.threads * options_.accumulation; }
   void record(double learning_rate, double norm);
   void show(double learning_rate);
   void evaluate(const std::function<bool()>& stop);
   bool finish(const std::function<bool()>& stop);
+  nlohmann::json evaluate_whole_works(const std::function<bool()>& stop);
   void checkpoint();
   void periodic_checkpoint();
 

@@ -9,8 +9,8 @@
 
 namespace training {
 
-/// Calls `work(i)` for i in [0, count), each on a thread of its own whose tensor operations use that
-/// thread only, and waits for all. The first exception (by i) is thrown on.
+/// Calls `work(i)` for i in [0, count), each on a thread of its own whose tensor operations use
+/// that thread only, and waits for all. The first exception (by i) is thrown on.
 ///
 /// A small model on few cores is trained faster this way than with threads inside each operation:
 /// there is one meeting per step instead of thousands, which matters most where other programs want

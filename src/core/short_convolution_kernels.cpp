@@ -247,8 +247,7 @@ void forward_any(const ShortConvolutionParams& p, const Executor& executor) {
 
 void backward_any(const ShortConvolutionParams& p, const ShortConvolutionGradients& g,
                   const Executor& executor) {
-  p.x.dtype == DType::kFloat64 ? backward<double>(p, g, executor)
-                               : backward<float>(p, g, executor);
+  p.x.dtype == DType::kFloat64 ? backward<double>(p, g, executor) : backward<float>(p, g, executor);
 }
 
 }  // namespace

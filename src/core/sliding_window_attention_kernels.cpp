@@ -10,6 +10,7 @@
 
 #include "fastweights/core/sliding_window_attention.hpp"
 #include "sliding_window_attention-inl.hpp"
+#include "sliding_window_attention_backward-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
 namespace fastweights::core::HWY_NAMESPACE {

@@ -43,7 +43,8 @@ at::Tensor BlockImpl::mix(const at::Tensor& x, const BlockState& state, const at
   if (memory_enabled && !memory.is_empty()) {
     auto result = memory->forward(normed, state.memory, options.in_place);
     next.memory = std::move(result.state);
-    const auto scale = options.memory_keep.defined() ? mix_memory * options.memory_keep : mix_memory;
+    const auto scale =
+        options.memory_keep.defined() ? mix_memory * options.memory_keep : mix_memory;
     mixed = mixed.addcmul(scale, result.o);
   }
   return mixed;

@@ -84,8 +84,8 @@ void check_attention(const LanguageModelConfig& config) {
 
 void check_memory(const LanguageModelConfig& config) {
   if (config.memory_rule != "gated_delta_rule" && config.memory_rule != "delta_rule") {
-    fail("memory_rule must be \"gated_delta_rule\" or \"delta_rule\", got \"" +
-         config.memory_rule + "\"");
+    fail("memory_rule must be \"gated_delta_rule\" or \"delta_rule\", got \"" + config.memory_rule +
+         "\"");
   }
   check_range("memory_heads", config.memory_heads, 1, kMaxSize);
   check_range("memory_value_heads", config.memory_value_heads, 1, kMaxSize);

@@ -64,10 +64,10 @@ void check_state(const LanguageModelConfig& config, int64_t batch,
   for (int64_t n = 0; n < config.layers; ++n) {
     const auto& block = state.blocks[static_cast<std::size_t>(n)];
     const auto layer = "layers." + std::to_string(n) + ".";
-    check_tensor(layer + "memory.state", block.memory.state,
-                 {batch, config.memory_value_heads, config.memory_key_size,
-                  config.memory_value_size},
-                 config.memory);
+    check_tensor(
+        layer + "memory.state", block.memory.state,
+        {batch, config.memory_value_heads, config.memory_key_size, config.memory_value_size},
+        config.memory);
     check_tensor(layer + "memory.conv", block.memory.conv,
                  {batch, config.convolution_size - 1, channels}, config.memory);
     for (const auto* field : {"key", "value"}) {
@@ -92,8 +92,8 @@ LanguageModelImpl::LanguageModelImpl(LanguageModelConfig config)
 }
 
 void LanguageModelImpl::reset() {
-  embedding = register_module(
-      "embedding", torch::nn::Embedding(config_.vocabulary_size, config_.width));
+  embedding =
+      register_module("embedding", torch::nn::Embedding(config_.vocabulary_size, config_.width));
   {
     const at::NoGradGuard no_grad;
     embedding->weight.normal_(0.0, config_.initializer_range);
@@ -106,8 +106,8 @@ void LanguageModelImpl::reset() {
   }
   norm = register_module("norm", RMSNorm(config_.width, config_.norm_epsilon));
   if (config_.tie_embeddings) return;
-  output = register_module("output", make_projection(config_.width, config_.vocabulary_size,
-                                                     config_.initializer_range));
+  output = register_module(
+      "output", make_projection(config_.width, config_.vocabulary_size, config_.initializer_range));
 }
 
 LanguageModelState LanguageModelImpl::initial_state(int64_t batch) const {
@@ -125,8 +125,8 @@ at::Tensor LanguageModelImpl::draw_memory_keep(int64_t batch) const {
 
 at::Tensor LanguageModelImpl::to_logits(const at::Tensor& x) const {
   const auto normed = norm->forward(x);
-  const auto logits = output.is_empty() ? at::linear(normed, embedding->weight)
-                                        : project(output, normed);
+  const auto logits =
+      output.is_empty() ? at::linear(normed, embedding->weight) : project(output, normed);
   return logits.scalar_type() == at::kDouble ? logits : logits.to(at::kFloat);
 }
 
@@ -144,8 +144,8 @@ LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& tokens,
     x = std::move(result.x);
     next.blocks.push_back(std::move(result.state));
   }
-  next.position = options.in_place ? state.position.add_(tokens.size(1))
-                                   : state.position + tokens.size(1);
+  next.position =
+      options.in_place ? state.position.add_(tokens.size(1)) : state.position + tokens.size(1);
   if (!options.logits) return {{}, std::move(next)};
   if (options.last_logits_only && x.size(1) > 1) x = x.narrow(1, x.size(1) - 1, 1);
   return {to_logits(x), std::move(next)};

@@ -17,7 +17,8 @@ namespace {
 double initial_half_life(const LanguageModelConfig& config, int64_t layer, int64_t head) {
   const auto count = config.memory_value_heads * config.layers;
   const auto rank = head * config.layers + layer;
-  const auto fraction = count > 1 ? static_cast<double>(rank) / static_cast<double>(count - 1) : 0.5;
+  const auto fraction =
+      count > 1 ? static_cast<double>(rank) / static_cast<double>(count - 1) : 0.5;
   return config.half_life_min * std::pow(config.half_life_max / config.half_life_min, fraction);
 }
 
@@ -32,9 +33,7 @@ RMSNormImpl::RMSNormImpl(int64_t width, double epsilon) : width_(width), epsilon
 
 void RMSNormImpl::reset() { weight = register_parameter("weight", at::ones({width_})); }
 
-at::Tensor RMSNormImpl::forward(const at::Tensor& x) const {
-  return rms_norm(x, weight, epsilon_);
-}
+at::Tensor RMSNormImpl::forward(const at::Tensor& x) const { return rms_norm(x, weight, epsilon_); }
 
 SwiGLUImpl::SwiGLUImpl(LanguageModelConfig config) : config_(std::move(config)) { reset(); }
 
@@ -75,14 +74,15 @@ AttentionState SlidingWindowAttentionImpl::initial_state(int64_t batch) const {
   return {at::zeros(shape, options), at::zeros(shape, options)};
 }
 
-SlidingWindowAttentionImpl::Output SlidingWindowAttentionImpl::forward(
-    const at::Tensor& x, const AttentionState& state, const at::Tensor& position,
-    bool in_place) const {
+SlidingWindowAttentionImpl::Output SlidingWindowAttentionImpl::forward(const at::Tensor& x,
+                                                                       const AttentionState& state,
+                                                                       const at::Tensor& position,
+                                                                       bool in_place) const {
   const SlidingWindowAttentionParams params{config_.attention_heads, config_.attention_window,
                                             config_.rope_base, in_place};
-  auto [o, next_key, next_value] = sliding_window_attention(
-      project(query, x), project(key, x), project(value, x), sink_key, sink_value, state.key, state.value,
-      position, params);
+  auto [o, next_key, next_value] =
+      sliding_window_attention(project(query, x), project(key, x), project(value, x), sink_key,
+                               sink_value, state.key, state.value, position, params);
   return {project(output, o), {std::move(next_key), std::move(next_value)}};
 }
 
@@ -137,11 +137,11 @@ FastWeightMemoryImpl::Output FastWeightMemoryImpl::forward(const at::Tensor& x,
   const FastWeightMemoryParams params{config_.memory_heads, config_.memory_value_heads,
                                       config_.beta_max,     config_.memory_rule,
                                       config_.norm_epsilon, in_place};
-  auto [o, next, conv] = fast_weight_memory(
-      project(query, x), project(key, x), project(value, x), project(beta, x),
-      decay.is_empty() ? std::nullopt : std::optional(project(decay, x)), project(gate, x),
-      convolution_weight, optional(a_log), optional(dt_bias), norm_weight, state.state, state.conv,
-      params);
+  auto [o, next, conv] =
+      fast_weight_memory(project(query, x), project(key, x), project(value, x), project(beta, x),
+                         decay.is_empty() ? std::nullopt : std::optional(project(decay, x)),
+                         project(gate, x), convolution_weight, optional(a_log), optional(dt_bias),
+                         norm_weight, state.state, state.conv, params);
   return {project(output, o), {std::move(next), std::move(conv)}};
 }
 

@@ -50,7 +50,9 @@ void save_tensors(const std::filesystem::path& path, const NamedTensors& tensors
   for (const auto& [name, tensor] : tensors) {
     kept.push_back(tensor.detach().cpu().contiguous());
     const auto& stored = kept.back();
-    data.push_back({name, file_type(name, stored), stored.sizes().vec(),
+    data.push_back({name,
+                    file_type(name, stored),
+                    stored.sizes().vec(),
                     {static_cast<const std::byte*>(stored.const_data_ptr()), stored.nbytes()}});
   }
   io::write_safetensors(path, data, metadata);

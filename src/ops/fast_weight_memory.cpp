@@ -29,9 +29,9 @@ struct Heads {
 
 void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
            const at::Tensor& beta, const at::Tensor& gate, const FastWeightMemoryParams& params) {
-  detail::check_that(params.heads > 0 && params.value_heads > 0 &&
-                         params.value_heads % params.heads == 0,
-                     kOp, "value_heads must be a positive multiple of heads");
+  detail::check_that(
+      params.heads > 0 && params.value_heads > 0 && params.value_heads % params.heads == 0, kOp,
+      "value_heads must be a positive multiple of heads");
   detail::check_dim(kOp, "query", query, "[B, T, H * K]", 3);
   detail::check_dim(kOp, "value", value, "[B, T, HV * V]", 3);
   const auto batch = query.sym_size(0);
@@ -95,7 +95,8 @@ at::Tensor gates(const OptionalTensor& decay, const OptionalTensor& a_log,
   return log_decay(*decay, *a_log, *dt_bias, detail::compute_type(beta));
 }
 
-// Runs the rule; `g` is undefined for the rule without a decay. Returns o [B, T, HV, V] and the state.
+// Runs the rule; `g` is undefined for the rule without a decay. Returns o [B, T, HV, V] and the
+// state.
 std::tuple<at::Tensor, at::Tensor> write_and_read(const Heads& x, const at::Tensor& g,
                                                   const at::Tensor& beta, at::Tensor state,
                                                   bool in_place) {
@@ -117,11 +118,11 @@ std::tuple<at::Tensor, at::Tensor> write_and_read(const Heads& x, const at::Tens
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& beta, const OptionalTensor& decay, const at::Tensor& gate,
-    const at::Tensor& convolution_weight, const OptionalTensor& a_log,
-    const OptionalTensor& dt_bias, const at::Tensor& norm_weight, const OptionalTensor& state,
-    const OptionalTensor& convolution_state, const FastWeightMemoryParams& params) {
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& beta,
+    const OptionalTensor& decay, const at::Tensor& gate, const at::Tensor& convolution_weight,
+    const OptionalTensor& a_log, const OptionalTensor& dt_bias, const at::Tensor& norm_weight,
+    const OptionalTensor& state, const OptionalTensor& convolution_state,
+    const FastWeightMemoryParams& params) {
   check(query, key, value, beta, gate, params);
   const bool gated = params.rule == "gated_delta_rule";
   detail::check_that(gated || params.rule == "delta_rule", kOp,
@@ -153,26 +154,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
 namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory_op(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& beta, const OptionalTensor& decay, const at::Tensor& gate,
-    const at::Tensor& convolution_weight, const OptionalTensor& a_log,
-    const OptionalTensor& dt_bias, const at::Tensor& norm_weight, const OptionalTensor& state,
-    const OptionalTensor& conv, int64_t heads, int64_t value_heads, double beta_max,
-    c10::string_view rule, double eps, bool in_place) {
-  return fast_weight_memory(query, key, value, beta, decay, gate, convolution_weight, a_log,
-                            dt_bias, norm_weight, state, conv,
-                            {heads, value_heads, beta_max, {rule.data(), rule.size()}, eps,
-                             in_place});
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& beta,
+    const OptionalTensor& decay, const at::Tensor& gate, const at::Tensor& convolution_weight,
+    const OptionalTensor& a_log, const OptionalTensor& dt_bias, const at::Tensor& norm_weight,
+    const OptionalTensor& state, const OptionalTensor& conv, int64_t heads, int64_t value_heads,
+    double beta_max, c10::string_view rule, double eps, bool in_place) {
+  return fast_weight_memory(
+      query, key, value, beta, decay, gate, convolution_weight, a_log, dt_bias, norm_weight, state,
+      conv, {heads, value_heads, beta_max, {rule.data(), rule.size()}, eps, in_place});
 }
 
 }  // namespace
 }  // namespace fastweights
 
 TORCH_LIBRARY_FRAGMENT(fastweights, m) {
-  m.def("fast_weight_memory(Tensor query, Tensor key, Tensor value, Tensor beta, Tensor? decay, "
-        "Tensor gate, Tensor convolution_weight, Tensor? a_log, Tensor? dt_bias, "
-        "Tensor norm_weight, Tensor? state, Tensor? conv, int heads, int value_heads, "
-        "float beta_max, str rule, float eps, bool in_place=False) "
-        "-> (Tensor o, Tensor state, Tensor conv)",
-        &fastweights::fast_weight_memory_op);
+  m.def(
+      "fast_weight_memory(Tensor query, Tensor key, Tensor value, Tensor beta, Tensor? decay, "
+      "Tensor gate, Tensor convolution_weight, Tensor? a_log, Tensor? dt_bias, "
+      "Tensor norm_weight, Tensor? state, Tensor? conv, int heads, int value_heads, "
+      "float beta_max, str rule, float eps, bool in_place=False) "
+      "-> (Tensor o, Tensor state, Tensor conv)",
+      &fastweights::fast_weight_memory_op);
 }

@@ -6,8 +6,8 @@
 
 namespace fastweights::detail {
 
-/// Throws ShapeError unless `tensor` has exactly the shape `expected`; `layout` names the dimensions,
-/// for example "[B, T, D]". Shapes may be symbolic.
+/// Throws ShapeError unless `tensor` has exactly the shape `expected`; `layout` names the
+/// dimensions, for example "[B, T, D]". Shapes may be symbolic.
 void check_shape(std::string_view op, std::string_view name, const at::Tensor& tensor,
                  std::string_view layout, c10::SymIntArrayRef expected);
 

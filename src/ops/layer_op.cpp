@@ -28,7 +28,7 @@ struct LayerNode : torch::autograd::Node {
       for (const auto& variable : saved) tensors.push_back(variable.unpack());
       return tensors;
     };
-    auto result = backward(gradients[0], unpack(inputs), unpack(outputs));
+    auto result = backward(gradients[0], unpack(inputs), unpack(kept));
     for (size_t i = 0; i < result.size(); ++i) {
       if (!should_compute_output(i)) result[i] = at::Tensor();
     }
@@ -38,12 +38,12 @@ struct LayerNode : torch::autograd::Node {
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto& variable : inputs) variable.reset_data();
-    for (auto& variable : outputs) variable.reset_data();
+    for (auto& variable : kept) variable.reset_data();
   }
 
   std::string label;
   Backward backward;
-  std::vector<SavedVariable> inputs, outputs;
+  std::vector<SavedVariable> inputs, kept;
 };
 
 torch::autograd::edge_list next_edges(const Tensors& inputs) {
@@ -70,10 +70,14 @@ at::Tensor empty_as(const at::Tensor& tensor, std::optional<at::ScalarType> dtyp
 
 core::DType dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kDouble: return core::DType::kFloat64;
-    case at::kFloat: return core::DType::kFloat32;
-    case at::kHalf: return core::DType::kFloat16;
-    case at::kBFloat16: return core::DType::kBFloat16;
+    case at::kDouble:
+      return core::DType::kFloat64;
+    case at::kFloat:
+      return core::DType::kFloat32;
+    case at::kHalf:
+      return core::DType::kFloat16;
+    case at::kBFloat16:
+      return core::DType::kBFloat16;
     default:
       throw ShapeError(std::string("expected a floating-point tensor, got ") +
                        at::toString(tensor.scalar_type()));
@@ -117,8 +121,7 @@ Tensors record(const char* name, const Tensors& inputs, const std::function<Tens
     return forward();
   }();
   if (node != nullptr) {
-    // Detached, so that the node does not own itself through its output.
-    for (const auto& output : outputs) node->outputs.emplace_back(output.detach(), false);
+    for (size_t i = 1; i < outputs.size(); ++i) node->kept.emplace_back(outputs[i], false);
     torch::autograd::set_history(outputs[0], owner);
   }
   return outputs;

@@ -36,14 +36,16 @@ auto find_operator(const char* name) {
 
 using Tensors = std::vector<at::Tensor>;
 
-/// The backward half of an operator: from the gradient of its first output, its inputs and outputs
-/// to the gradients of the inputs (undefined where there is none).
+/// The backward half of an operator: from the gradient of its first output, its inputs and what its
+/// forward half kept to the gradients of the inputs (undefined where there is none).
 using Backward =
-    std::function<Tensors(const at::Tensor& d_output, const Tensors& inputs, const Tensors& outputs)>;
+    std::function<Tensors(const at::Tensor& d_output, const Tensors& inputs, const Tensors& kept)>;
 
-/// Calls `forward` below autograd. If an input needs a gradient, the first output gets a history of
-/// which `backward` is the derivative; further outputs are kept for it and are not differentiable.
-/// @throws c10::NotImplementedError if an input carries a forward-mode derivative, which there is no formula for
+/// Calls `forward` below autograd and returns its outputs. If an input needs a gradient, the first
+/// one gets a history of which `backward` is the derivative; those after it are kept for `backward`
+/// and are not differentiable.
+/// @throws c10::NotImplementedError if an input carries a forward-mode derivative, which there is
+/// no formula for
 Tensors record(const char* name, const Tensors& inputs, const std::function<Tensors()>& forward,
                Backward backward);
 

@@ -15,7 +15,7 @@ namespace {
 using at::Tensor;
 using OptionalType = std::optional<at::ScalarType>;
 
-// ---- rms_norm ----------------------------------------------------------------------------------
+// ---- rms_norm
 
 void check_norm(std::string_view op, const Tensor& x, const Tensor& weight) {
   detail::check_that(x.dim() > 0, op, "x must be [..., D], got a scalar");
@@ -82,13 +82,13 @@ Tensor call_rms_norm(const Tensor& x, const Tensor& weight, double eps, Optional
 
 Tensor rms_norm_autograd(const Tensor& x, const Tensor& weight, double eps, OptionalType dtype) {
   const auto forward = [&] { return detail::Tensors{call_rms_norm(x, weight, eps, dtype)}; };
-  return detail::record("rms_norm", {x, weight}, forward,
-                        [eps](const Tensor& d_y, const auto& inputs, const auto&) {
-                          static const auto op = detail::find_operator<NormBackwardSignature>(
-                              "fastweights::rms_norm_backward");
-                          auto [d_x, d_weight] = op.call(d_y, inputs[0], inputs[1], eps);
-                          return detail::Tensors{d_x, d_weight};
-                        })[0];
+  return detail::record(
+      "rms_norm", {x, weight}, forward, [eps](const Tensor& d_y, const auto& inputs, const auto&) {
+        static const auto op =
+            detail::find_operator<NormBackwardSignature>("fastweights::rms_norm_backward");
+        auto [d_x, d_weight] = op.call(d_y, inputs[0], inputs[1], eps);
+        return detail::Tensors{d_x, d_weight};
+      })[0];
 }
 
 Tensor rms_norm_autocast(const Tensor& x, const Tensor& weight, double eps, OptionalType dtype) {
@@ -100,7 +100,7 @@ Tensor rms_norm_autocast(const Tensor& x, const Tensor& weight, double eps, Opti
   return call_rms_norm(x, weight, eps, dtype || wide ? dtype : OptionalType(lower));
 }
 
-// ---- gated_rms_norm ------------------------------------------------------------------------------
+// ---- gated_rms_norm
 
 void check_gated(const Tensor& x, const Tensor& gate, const Tensor& weight) {
   check_norm("gated_rms_norm", x, weight);
@@ -170,14 +170,14 @@ Tensor gated_rms_norm_autograd(const Tensor& x, const Tensor& gate, const Tensor
   return detail::record(
       "gated_rms_norm", {x, gate, weight}, forward,
       [eps](const Tensor& d_y, const auto& inputs, const auto&) {
-        static const auto op = detail::find_operator<GatedBackwardSignature>(
-            "fastweights::gated_rms_norm_backward");
+        static const auto op =
+            detail::find_operator<GatedBackwardSignature>("fastweights::gated_rms_norm_backward");
         auto [d_x, d_gate, d_weight] = op.call(d_y, inputs[0], inputs[1], inputs[2], eps);
         return detail::Tensors{d_x, d_gate, d_weight};
       })[0];
 }
 
-// ---- swiglu --------------------------------------------------------------------------------------
+// ---- swiglu
 
 void check_swiglu(const Tensor& gate, const Tensor& up) {
   detail::check_floating("swiglu", "gate", gate);
@@ -229,13 +229,13 @@ Tensor call_swiglu(const Tensor& gate, const Tensor& up) {
 
 Tensor swiglu_autograd(const Tensor& gate, const Tensor& up) {
   const auto forward = [&] { return detail::Tensors{call_swiglu(gate, up)}; };
-  return detail::record("swiglu", {gate, up}, forward,
-                        [](const Tensor& d_y, const auto& inputs, const auto&) {
-                          static const auto op = detail::find_operator<SwigluBackwardSignature>(
-                              "fastweights::swiglu_backward");
-                          auto [d_gate, d_up] = op.call(d_y, inputs[0], inputs[1]);
-                          return detail::Tensors{d_gate, d_up};
-                        })[0];
+  return detail::record(
+      "swiglu", {gate, up}, forward, [](const Tensor& d_y, const auto& inputs, const auto&) {
+        static const auto op =
+            detail::find_operator<SwigluBackwardSignature>("fastweights::swiglu_backward");
+        auto [d_gate, d_up] = op.call(d_y, inputs[0], inputs[1]);
+        return detail::Tensors{d_gate, d_up};
+      })[0];
 }
 
 }  // namespace
@@ -256,8 +256,9 @@ TORCH_LIBRARY_FRAGMENT(fastweights, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, ScalarType? dtype=None) -> Tensor");
   m.def("rms_norm_backward(Tensor d_y, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("gated_rms_norm(Tensor x, Tensor gate, Tensor weight, float eps) -> Tensor");
-  m.def("gated_rms_norm_backward(Tensor d_y, Tensor x, Tensor gate, Tensor weight, float eps) "
-        "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_rms_norm_backward(Tensor d_y, Tensor x, Tensor gate, Tensor weight, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor d_y, Tensor gate, Tensor up) -> (Tensor, Tensor)");
 }

@@ -41,7 +41,7 @@ Tensor next_state(const Tensor& x, const Tensor& state) {
   return at::cat({state.narrow_symint(1, tokens, kept - tokens), x.to(state.scalar_type())}, 1);
 }
 
-// ---- the inner operator: y alone -----------------------------------------------------------------
+// ---- the inner operator: y alone
 
 // Parameters without y; the tensors must be contiguous and outlive them.
 cpu::ShortConvolutionParams params_of(const Tensor& x, const Tensor& weight, const Tensor& state) {
@@ -103,14 +103,14 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const Tensor& state) {
 
 Tensor convolve_autograd(const Tensor& x, const Tensor& weight, const Tensor& state) {
   const auto forward = [&] { return Tensors{convolve(x, weight, state)}; };
-  return detail::record("short_convolution", {x, weight, state}, forward,
-                        [](const Tensor& d_y, const Tensors& inputs, const Tensors&) {
-                          static const auto op = detail::find_operator<BackwardSignature>(
-                              "fastweights::_short_convolution_backward");
-                          auto [d_x, d_weight, d_state] =
-                              op.call(d_y, inputs[0], inputs[1], inputs[2]);
-                          return Tensors{d_x, d_weight, d_state};
-                        })[0];
+  return detail::record(
+      "short_convolution", {x, weight, state}, forward,
+      [](const Tensor& d_y, const Tensors& inputs, const Tensors&) {
+        static const auto op =
+            detail::find_operator<BackwardSignature>("fastweights::_short_convolution_backward");
+        auto [d_x, d_weight, d_state] = op.call(d_y, inputs[0], inputs[1], inputs[2]);
+        return Tensors{d_x, d_weight, d_state};
+      })[0];
 }
 
 }  // namespace
@@ -119,9 +119,9 @@ std::tuple<Tensor, Tensor> short_convolution(const Tensor& x, const Tensor& weig
                                              const std::optional<Tensor>& initial_state) {
   check(x, weight);
   const auto state =
-      initial_state ? *initial_state
-                    : at::zeros_symint({x.sym_size(0), weight.sym_size(1) - 1, x.sym_size(2)},
-                                       x.options());
+      initial_state
+          ? *initial_state
+          : at::zeros_symint({x.sym_size(0), weight.sym_size(1) - 1, x.sym_size(2)}, x.options());
   check_state(x, weight, state);
   return {convolve(x, weight, state), next_state(x, state)};
 }
@@ -129,12 +129,14 @@ std::tuple<Tensor, Tensor> short_convolution(const Tensor& x, const Tensor& weig
 }  // namespace fastweights
 
 TORCH_LIBRARY_FRAGMENT(fastweights, m) {
-  m.def("short_convolution(Tensor x, Tensor weight, Tensor? initial_state=None) "
-        "-> (Tensor y, Tensor final_state)",
-        &fastweights::short_convolution);
+  m.def(
+      "short_convolution(Tensor x, Tensor weight, Tensor? initial_state=None) "
+      "-> (Tensor y, Tensor final_state)",
+      &fastweights::short_convolution);
   m.def("_short_convolution(Tensor x, Tensor weight, Tensor state) -> Tensor");
-  m.def("_short_convolution_backward(Tensor d_y, Tensor x, Tensor weight, Tensor state) "
-        "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_short_convolution_backward(Tensor d_y, Tensor x, Tensor weight, Tensor state) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(fastweights, CPU, m) {

@@ -27,7 +27,7 @@ OptionalTensor if_defined(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-// ---- rotary_embedding ----------------------------------------------------------------------------
+// ---- rotary_embedding
 
 void check_rotary(const Tensor& x, const Tensor& position, int64_t heads) {
   constexpr std::string_view kRotary = "rotary_embedding";
@@ -45,10 +45,10 @@ Tensor rotary_cpu(const Tensor& x_in, const Tensor& position_in, int64_t heads, 
   const auto x = x_in.contiguous();
   const auto position = position_in.contiguous();
   auto y = detail::empty_as(x);
-  cpu::rotary_embedding({x.size(0), x.size(1), heads, x.size(2) / heads, base, inverse,
-                         position.const_data_ptr<int64_t>(), detail::const_array(x),
-                         detail::array(y)},
-                        detail::parallel_executor());
+  cpu::rotary_embedding(
+      {x.size(0), x.size(1), heads, x.size(2) / heads, base, inverse,
+       position.const_data_ptr<int64_t>(), detail::const_array(x), detail::array(y)},
+      detail::parallel_executor());
   return y;
 }
 
@@ -75,7 +75,7 @@ Tensor rotary_autograd(const Tensor& x, const Tensor& position, int64_t heads, d
                         })[0];
 }
 
-// ---- attention, without the update of the ring ---------------------------------------------------
+// ---- attention, without the update of the ring
 
 // The tensors of a call; the caches are undefined if there are none.
 struct Call {
@@ -92,6 +92,23 @@ struct Call {
     return call;
   }
 };
+
+Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& sink_key,
+               const Tensor& sink_value, const OptionalTensor& cache_key,
+               const OptionalTensor& cache_value, const Tensor& position, int64_t heads,
+               int64_t window, double rope_base) {
+  return {query,
+          key,
+          value,
+          sink_key,
+          sink_value,
+          or_undefined(cache_key),
+          or_undefined(cache_value),
+          position,
+          heads,
+          window,
+          rope_base};
+}
 
 void check_types(const Call& call) {
   const auto check = [&](std::string_view name, const Tensor& tensor) {
@@ -175,8 +192,8 @@ std::tuple<Tensor, Tensor> attend_cpu(const Tensor& query, const Tensor& key, co
                                       const OptionalTensor& cache_key,
                                       const OptionalTensor& cache_value, const Tensor& position,
                                       int64_t heads, int64_t window, double rope_base) {
-  const Call call = Call{query, key, value, sink_key, sink_value, or_undefined(cache_key),
-                         or_undefined(cache_value), position, heads, window, rope_base}
+  const Call call = make_call(query, key, value, sink_key, sink_value, cache_key, cache_value,
+                              position, heads, window, rope_base)
                         .contiguous();
   check(call);
   auto o = detail::empty_as(call.query);
@@ -188,47 +205,48 @@ std::tuple<Tensor, Tensor> attend_cpu(const Tensor& query, const Tensor& key, co
   return {o, log_sum};
 }
 
-std::tuple<Tensor, Tensor> attend_meta(const Tensor& query, const Tensor& key,
-                                       const Tensor& value, const Tensor& sink_key,
-                                       const Tensor& sink_value, const OptionalTensor& cache_key,
+std::tuple<Tensor, Tensor> attend_meta(const Tensor& query, const Tensor& key, const Tensor& value,
+                                       const Tensor& sink_key, const Tensor& sink_value,
+                                       const OptionalTensor& cache_key,
                                        const OptionalTensor& cache_value, const Tensor& position,
                                        int64_t heads, int64_t window, double rope_base) {
-  const Call call{query, key, value, sink_key, sink_value, or_undefined(cache_key),
-                  or_undefined(cache_value), position, heads, window, rope_base};
+  const Call call = make_call(query, key, value, sink_key, sink_value, cache_key, cache_value,
+                              position, heads, window, rope_base);
   check(call);
   return {detail::empty_as(query), empty_log_sum(call)};
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Gradients of query, key, value, the sinks and, if wanted, the caches (else empty tensors).
-template <class Make>
-Gradients make_gradients(const Call& call, bool cache_gradients, const Make& make) {
-  const auto cache = [&](const Tensor& tensor) {
-    return cache_gradients ? make(tensor) : at::empty({0}, call.query.options());
+// Gradients of query, key, value, the sinks and, if wanted, the caches (else empty tensors), not
+// yet filled; slots of the caches that no query sees stay zero.
+Gradients make_gradients(const Call& call, bool cache_gradients) {
+  const auto cache = [&](const Tensor& ring) {
+    return cache_gradients ? at::zeros_symint(ring.sym_sizes(), ring.options())
+                           : at::empty({0}, call.query.options());
   };
-  return {make(call.query),    make(call.key),        make(call.value),       make(call.sink_key),
-          make(call.sink_value), cache(call.cache_key), cache(call.cache_value)};
+  return {detail::empty_as(call.query),
+          detail::empty_as(call.key),
+          detail::empty_as(call.value),
+          detail::empty_as(call.sink_key),
+          detail::empty_as(call.sink_value),
+          cache(call.cache_key),
+          cache(call.cache_value)};
 }
 
 Gradients attend_backward_cpu(const Tensor& d_o, const Tensor& query, const Tensor& key,
-                              const Tensor& value, const Tensor& sink_key,
-                              const Tensor& sink_value, const OptionalTensor& cache_key,
-                              const OptionalTensor& cache_value, const Tensor& position,
-                              const Tensor& o, const Tensor& log_sum, int64_t heads,
+                              const Tensor& value, const Tensor& sink_key, const Tensor& sink_value,
+                              const OptionalTensor& cache_key, const OptionalTensor& cache_value,
+                              const Tensor& position, const Tensor& log_sum, int64_t heads,
                               int64_t window, double rope_base, bool cache_gradients) {
-  const Call call = Call{query, key, value, sink_key, sink_value, or_undefined(cache_key),
-                         or_undefined(cache_value), position, heads, window, rope_base}
+  const Call call = make_call(query, key, value, sink_key, sink_value, cache_key, cache_value,
+                              position, heads, window, rope_base)
                         .contiguous();
   const auto outer = d_o.contiguous();
-  const auto make = [](const Tensor& tensor) {
-    return at::zeros(tensor.sizes(), tensor.options());
-  };
-  auto gradients = make_gradients(call, cache_gradients, make);
+  auto gradients = make_gradients(call, cache_gradients);
   const auto& [d_query, d_key, d_value, d_sink_key, d_sink_value, d_cache_key, d_cache_value] =
       gradients;
   auto params = kernel_params(call);
-  params.o = detail::array(o);
   params.log_sum = detail::array(log_sum);
   const auto no_array = core::Array{};
   cpu::sliding_window_attention_backward(
@@ -245,12 +263,11 @@ Gradients attend_backward_meta(const Tensor&, const Tensor& query, const Tensor&
                                const Tensor& value, const Tensor& sink_key,
                                const Tensor& sink_value, const OptionalTensor& cache_key,
                                const OptionalTensor& cache_value, const Tensor& position,
-                               const Tensor&, const Tensor&, int64_t heads, int64_t window,
-                               double rope_base, bool cache_gradients) {
-  const Call call{query, key, value, sink_key, sink_value, or_undefined(cache_key),
-                  or_undefined(cache_value), position, heads, window, rope_base};
-  return make_gradients(call, cache_gradients,
-                        [](const Tensor& tensor) { return detail::empty_as(tensor); });
+                               const Tensor&, int64_t heads, int64_t window, double rope_base,
+                               bool cache_gradients) {
+  const Call call = make_call(query, key, value, sink_key, sink_value, cache_key, cache_value,
+                              position, heads, window, rope_base);
+  return make_gradients(call, cache_gradients);
 }
 
 using AttendSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
@@ -260,8 +277,8 @@ using AttendSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&,
 using AttendBackwardSignature = Gradients(const Tensor&, const Tensor&, const Tensor&,
                                           const Tensor&, const Tensor&, const Tensor&,
                                           const OptionalTensor&, const OptionalTensor&,
-                                          const Tensor&, const Tensor&, const Tensor&, int64_t,
-                                          int64_t, double, bool);
+                                          const Tensor&, const Tensor&, int64_t, int64_t, double,
+                                          bool);
 
 std::tuple<Tensor, Tensor> call_attend(const Call& call) {
   static const auto op =
@@ -271,29 +288,25 @@ std::tuple<Tensor, Tensor> call_attend(const Call& call) {
                  call.heads, call.window, call.rope_base);
 }
 
-Tensors attend_gradients(const Tensor& d_o, const Tensors& inputs, const Tensors& outputs,
+Tensors attend_gradients(const Tensor& d_o, const Tensors& inputs, const Tensor& log_sum,
                          int64_t heads, int64_t window, double rope_base, bool cache_gradients) {
   static const auto op = detail::find_operator<AttendBackwardSignature>(
       "fastweights::_sliding_window_attention_backward");
   auto [d_query, d_key, d_value, d_sink_key, d_sink_value, d_cache_key, d_cache_value] =
       op.call(d_o, inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], if_defined(inputs[5]),
-              if_defined(inputs[6]), inputs[7], outputs[0], outputs[1], heads, window, rope_base,
-              cache_gradients);
+              if_defined(inputs[6]), inputs[7], log_sum, heads, window, rope_base, cache_gradients);
   if (!cache_gradients) d_cache_key = d_cache_value = Tensor();
   return {d_query, d_key, d_value, d_sink_key, d_sink_value, d_cache_key, d_cache_value, {}};
 }
 
-std::tuple<Tensor, Tensor> attend_autograd(const Tensor& query, const Tensor& key,
-                                           const Tensor& value, const Tensor& sink_key,
-                                           const Tensor& sink_value,
-                                           const OptionalTensor& cache_key,
-                                           const OptionalTensor& cache_value,
-                                           const Tensor& position, int64_t heads, int64_t window,
-                                           double rope_base) {
-  const Call call{query, key, value, sink_key, sink_value, or_undefined(cache_key),
-                  or_undefined(cache_value), position, heads, window, rope_base};
-  const bool cache_gradients = call.cache_key.defined() && (call.cache_key.requires_grad() ||
-                                                            call.cache_value.requires_grad());
+std::tuple<Tensor, Tensor> attend_autograd(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& sink_key,
+    const Tensor& sink_value, const OptionalTensor& cache_key, const OptionalTensor& cache_value,
+    const Tensor& position, int64_t heads, int64_t window, double rope_base) {
+  const Call call = make_call(query, key, value, sink_key, sink_value, cache_key, cache_value,
+                              position, heads, window, rope_base);
+  const bool cache_gradients = call.cache_key.defined() &&
+                               (call.cache_key.requires_grad() || call.cache_value.requires_grad());
   const auto forward = [&] {
     auto [o, log_sum] = call_attend(call);
     return Tensors{o, log_sum};
@@ -301,15 +314,16 @@ std::tuple<Tensor, Tensor> attend_autograd(const Tensor& query, const Tensor& ke
   const auto results = detail::record(
       kOp.data(),
       {query, key, value, sink_key, sink_value, call.cache_key, call.cache_value, position},
-      forward, [=](const Tensor& d_o, const Tensors& inputs, const Tensors& outputs) {
-        return attend_gradients(d_o, inputs, outputs, heads, window, rope_base, cache_gradients);
+      forward, [=](const Tensor& d_o, const Tensors& inputs, const Tensors& kept) {
+        return attend_gradients(d_o, inputs, kept[0], heads, window, rope_base, cache_gradients);
       });
   return {results[0], results[1]};
 }
 
-// ---- the ring ------------------------------------------------------------------------------------
+// ---- the ring
 
-// Index [B * count] of rows of a [B * window, heads * D] ring: the slots of `count` tokens from `first`.
+// Index [B * count] of rows of a [B * window, heads * D] ring: the slots of `count` tokens from
+// `first`.
 Tensor slots(const Tensor& first, const SymInt& count, int64_t window) {
   const auto options = first.options();
   const auto slot = (first.unsqueeze(1) + at::arange(count, options)).remainder(window);
@@ -324,8 +338,9 @@ Tensor roll_in(const Tensor& ring, const Tensor& x, const Tensor& index, bool in
     ring.view_symint({-1, x.sym_size(2)}).index_copy_(0, index, rows);
     return ring;
   }
-  return ring.reshape_symint({-1, x.sym_size(2)}).index_copy(0, index, rows).view_symint(
-      ring.sym_sizes());
+  return ring.reshape_symint({-1, x.sym_size(2)})
+      .index_copy(0, index, rows)
+      .view_symint(ring.sym_sizes());
 }
 
 }  // namespace
@@ -338,9 +353,8 @@ std::tuple<Tensor, Tensor, Tensor> sliding_window_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& sink_key,
     const Tensor& sink_value, const OptionalTensor& cache_key, const OptionalTensor& cache_value,
     const Tensor& position, const SlidingWindowAttentionParams& params) {
-  const Call call{query,        key,    value,        sink_key,
-                  sink_value,   or_undefined(cache_key), or_undefined(cache_value), position,
-                  params.heads, params.window, params.rope_base};
+  const Call call = make_call(query, key, value, sink_key, sink_value, cache_key, cache_value,
+                              position, params.heads, params.window, params.rope_base);
   check(call);
   const auto o = std::get<0>(call_attend(call));
 
@@ -375,20 +389,24 @@ std::tuple<Tensor, Tensor, Tensor> sliding_window_attention_op(
 }  // namespace fastweights
 
 TORCH_LIBRARY_FRAGMENT(fastweights, m) {
-  m.def("sliding_window_attention(Tensor query, Tensor key, Tensor value, Tensor sink_key, "
-        "Tensor sink_value, Tensor? cache_key, Tensor? cache_value, Tensor position, int heads, "
-        "int window, float rope_base, bool in_place=False) "
-        "-> (Tensor o, Tensor cache_key, Tensor cache_value)",
-        &fastweights::sliding_window_attention_op);
-  m.def("rotary_embedding(Tensor x, Tensor position, int heads, float base, bool inverse=False) "
-        "-> Tensor");
-  m.def("_sliding_window_attention(Tensor query, Tensor key, Tensor value, Tensor sink_key, "
-        "Tensor sink_value, Tensor? cache_key, Tensor? cache_value, Tensor position, int heads, "
-        "int window, float rope_base) -> (Tensor o, Tensor log_sum)");
-  m.def("_sliding_window_attention_backward(Tensor d_o, Tensor query, Tensor key, Tensor value, "
-        "Tensor sink_key, Tensor sink_value, Tensor? cache_key, Tensor? cache_value, "
-        "Tensor position, Tensor o, Tensor log_sum, int heads, int window, float rope_base, "
-        "bool cache_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sliding_window_attention(Tensor query, Tensor key, Tensor value, Tensor sink_key, "
+      "Tensor sink_value, Tensor? cache_key, Tensor? cache_value, Tensor position, int heads, "
+      "int window, float rope_base, bool in_place=False) "
+      "-> (Tensor o, Tensor cache_key, Tensor cache_value)",
+      &fastweights::sliding_window_attention_op);
+  m.def(
+      "rotary_embedding(Tensor x, Tensor position, int heads, float base, bool inverse=False) "
+      "-> Tensor");
+  m.def(
+      "_sliding_window_attention(Tensor query, Tensor key, Tensor value, Tensor sink_key, "
+      "Tensor sink_value, Tensor? cache_key, Tensor? cache_value, Tensor position, int heads, "
+      "int window, float rope_base) -> (Tensor o, Tensor log_sum)");
+  m.def(
+      "_sliding_window_attention_backward(Tensor d_o, Tensor query, Tensor key, Tensor value, "
+      "Tensor sink_key, Tensor sink_value, Tensor? cache_key, Tensor? cache_value, "
+      "Tensor position, Tensor log_sum, int heads, int window, float rope_base, "
+      "bool cache_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(fastweights, CPU, m) {

@@ -11,13 +11,13 @@ import random
 import struct
 import subprocess
 import sys
-import tempfile
-import unittest
 from pathlib import Path
 
-SKIPPED = 77  # ctest's SKIP_RETURN_CODE
+SKIPPED = 77  # what ctest takes for a skipped test
 
 try:
+    import pytest
+    import safetensors
     import safetensors.torch
     import torch
 except ImportError as error:
@@ -50,13 +50,14 @@ def file_of(header: bytes, data: bytes) -> bytes:
 
 def reference_write(tensors: Tensors, metadata: dict[str, str] | None) -> bytes:
     """Return the file that the reference package writes."""
-    return safetensors.torch.save(
+    content: bytes = safetensors.torch.save(
         {
             name: torch.tensor(list(data), dtype=torch.uint8).view(DTYPES[dtype]).reshape(shape)
             for name, (dtype, shape, data) in tensors.items()
         },
         metadata,
     )
+    return content
 
 
 def reference_read(content: bytes) -> Tensors:
@@ -133,77 +134,78 @@ MALFORMED = {
 }
 
 
-class CrossCheck(unittest.TestCase):
-    """One file, two programs."""
+@pytest.fixture
+def generator() -> random.Random:
+    """Return a source of the same numbers for each test."""
+    return random.Random(1)
 
-    def setUp(self) -> None:
-        """Make a folder for the files."""
-        self.generator = random.Random(1)
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = Path(temporary.name)
 
-    def rewrite(self, content: bytes) -> bytes:
-        """Return the file after our reader read it and our writer wrote it."""
-        (self.folder / "in").write_bytes(content)
-        subprocess.run([TOOL, "rewrite", self.folder / "in", self.folder / "out"], check=True)
-        return (self.folder / "out").read_bytes()
+def rewrite(content: bytes, folder: Path) -> bytes:
+    """Return the file after our reader read it and our writer wrote it."""
+    (folder / "in").write_bytes(content)
+    subprocess.run([TOOL, "rewrite", folder / "in", folder / "out"], check=True)
+    return (folder / "out").read_bytes()
 
-    def verdicts(self, contents: list[bytes]) -> list[str]:
-        """Return for each file "ok" or why our reader refuses it."""
-        paths = [self.folder / str(i) for i in range(len(contents))]
-        for path, content in zip(paths, contents, strict=True):
-            path.write_bytes(content)
-        command = [TOOL, "check", *map(str, paths)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.decode()
-        lines = output.splitlines()
-        self.assertEqual(len(lines), len(contents))
-        return lines
 
-    def test_every_dtype_both_ways(self) -> None:
-        """The reference's files are read, and ours are read by the reference."""
-        tensors = every_dtype(self.generator)
-        metadata = {"format": "pt", "größe\0": '"\\\n\x7f'}
-        written = self.rewrite(reference_write(tensors, metadata))
-        self.assertEqual(reference_read(written), tensors)
-        self.assertEqual(metadata_of(written), metadata)
+def verdicts(contents: list[bytes], folder: Path) -> list[str]:
+    """Return for each file "ok" or why our reader refuses it."""
+    paths = [folder / str(i) for i in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    command = [TOOL, "check", *map(str, paths)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.decode()
+    lines = output.splitlines()
+    assert len(lines) == len(contents)
+    return lines
 
-    def test_no_tensors(self) -> None:
-        """A file without tensors and metadata goes both ways."""
-        self.assertEqual(reference_read(self.rewrite(reference_write({}, None))), {})
 
-    def test_odd_names(self) -> None:
-        """Names with quotes, control characters and characters beyond 16 bits survive."""
-        names = ["", "a\0b", '"\\/\b\f\n\r\t', "𝄞", "\x7f", "'"]
-        tensors: Tensors = {name: ("U8", [1], bytes([i])) for i, name in enumerate(names)}
-        self.assertEqual(reference_read(self.rewrite(reference_write(tensors, None))), tensors)
+def test_every_dtype_both_ways(generator: random.Random, tmp_path: Path) -> None:
+    """The reference's files are read, and ours are read by the reference."""
+    tensors = every_dtype(generator)
+    metadata = {"format": "pt", "größe\0": '"\\\n\x7f'}
+    written = rewrite(reference_write(tensors, metadata), tmp_path)
+    assert reference_read(written) == tensors
+    assert metadata_of(written) == metadata
 
-    def test_malformed_files_are_refused_by_both(self) -> None:
-        """What the reference refuses, we refuse, with a message of our own."""
-        for content in MALFORMED.values():
-            self.assertRaises(safetensors.SafetensorError, reference_read, content)
-        for what, verdict in zip(MALFORMED, self.verdicts(list(MALFORMED.values())), strict=True):
-            with self.subTest(what):
-                self.assertRegex(verdict, "^(cannot read )?'")
 
-    def test_altered_files(self) -> None:
-        """Whatever we accept, the reference accepts, and finds the same tensors in it."""
-        tensors: Tensors = {
-            "a": ("U8", [3], b"xyz"),
-            "b": ("I8", [1, 2], b"uv"),
-            "c": ("U8", [], b"w"),
-        }
-        contents = mutations(reference_write(tensors, {"k": "v"}), 3000, self.generator)
-        accepted = [
-            content
-            for content, verdict in zip(contents, self.verdicts(contents), strict=True)
-            if verdict == "ok"
-        ]
-        self.assertGreater(len(accepted), 50)
-        self.assertLess(len(accepted), 2000)
-        for content in accepted:
-            self.assertEqual(reference_read(self.rewrite(content)), reference_read(content))
+def test_no_tensors(tmp_path: Path) -> None:
+    """A file without tensors and metadata goes both ways."""
+    assert reference_read(rewrite(reference_write({}, None), tmp_path)) == {}
+
+
+def test_odd_names(tmp_path: Path) -> None:
+    """Names with quotes, control characters and characters beyond 16 bits survive."""
+    names = ["", "a\0b", '"\\/\b\f\n\r\t', "𝄞", "\x7f", "'"]
+    tensors: Tensors = {name: ("U8", [1], bytes([i])) for i, name in enumerate(names)}
+    assert reference_read(rewrite(reference_write(tensors, None), tmp_path)) == tensors
+
+
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_files_are_refused_by_both(content: bytes, tmp_path: Path) -> None:
+    """What the reference refuses, we refuse, with a message that begins with the file's name."""
+    with pytest.raises(safetensors.SafetensorError):
+        reference_read(content)
+    (verdict,) = verdicts([content], tmp_path)
+    assert verdict.removeprefix("cannot read ").startswith(f"'{tmp_path}/0'")
+
+
+def test_altered_files(generator: random.Random, tmp_path: Path) -> None:
+    """Whatever we accept, the reference accepts, and finds the same tensors in it."""
+    tensors: Tensors = {
+        "a": ("U8", [3], b"xyz"),
+        "b": ("I8", [1, 2], b"uv"),
+        "c": ("U8", [], b"w"),
+    }
+    contents = mutations(reference_write(tensors, {"k": "v"}), 3000, generator)
+    accepted = [
+        content
+        for content, verdict in zip(contents, verdicts(contents, tmp_path), strict=True)
+        if verdict == "ok"
+    ]
+    assert 50 < len(accepted) < 2000
+    for content in accepted:
+        assert reference_read(rewrite(content, tmp_path)) == reference_read(content)
 
 
 if __name__ == "__main__":
-    unittest.main()
+    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider"]))

@@ -6,7 +6,8 @@
 
 namespace fastweights::test {
 
-/// A model small enough to run in milliseconds, with a window far shorter than the texts of the tests.
+/// A model small enough to run in milliseconds, with a window far shorter than the texts of the
+/// tests.
 inline nn::LanguageModelConfig small_config() {
   nn::LanguageModelConfig config;
   config.width = 32;

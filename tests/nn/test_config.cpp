@@ -36,19 +36,19 @@ TEST_CASE("JSON that is no configuration is refused, by name") {
     const char* json;
     const char* message;
   };
-  const auto bad = GENERATE(
-      Bad{"", "not valid JSON"}, Bad{"{\"width\": 256", "not valid JSON"},
-      Bad{"[1]", "must be a JSON object"},
-      Bad{"{\"windth\": 1}", "unknown key \"windth\"; the nearest known key is \"width\""},
-      Bad{"{\"memory_heads_\": 1}", "the nearest known key is \"memory_heads\""},
-      Bad{"{\"width\": \"256\"}", "width must be an integer, got \"256\""},
-      Bad{"{\"width\": 256.5}", "width must be an integer, got 256.5"},
-      Bad{"{\"width\": 18446744073709551615}", "width must be an integer"},
-      Bad{"{\"memory\": 1}", "memory must be true or false, got 1"},
-      Bad{"{\"memory_rule\": null}", "memory_rule must be a string, got null"},
-      Bad{"{\"beta_max\": true}", "beta_max must be a number, got true"},
-      Bad{"{\"format\": \"gguf\"}", "format must be \"fastweights\", got \"gguf\""},
-      Bad{"{\"version\": 2}", "version must be 1, got 2"});
+  const auto bad =
+      GENERATE(Bad{"", "not valid JSON"}, Bad{"{\"width\": 256", "not valid JSON"},
+               Bad{"[1]", "must be a JSON object"},
+               Bad{"{\"windth\": 1}", "unknown key \"windth\"; the nearest known key is \"width\""},
+               Bad{"{\"memory_heads_\": 1}", "the nearest known key is \"memory_heads\""},
+               Bad{"{\"width\": \"256\"}", "width must be an integer, got \"256\""},
+               Bad{"{\"width\": 256.5}", "width must be an integer, got 256.5"},
+               Bad{"{\"width\": 18446744073709551615}", "width must be an integer"},
+               Bad{"{\"memory\": 1}", "memory must be true or false, got 1"},
+               Bad{"{\"memory_rule\": null}", "memory_rule must be a string, got null"},
+               Bad{"{\"beta_max\": true}", "beta_max must be a number, got true"},
+               Bad{"{\"format\": \"gguf\"}", "format must be \"fastweights\", got \"gguf\""},
+               Bad{"{\"version\": 2}", "version must be 1, got 2"});
   CAPTURE(bad.json);
   CHECK_THROWS_MATCHES(LanguageModelConfig::from_json(bad.json), Error,
                        MessageMatches(ContainsSubstring(bad.message)));

@@ -283,8 +283,7 @@ TEST_CASE("parameters start as stated and are counted") {
   CHECK_THAT(deviation(block->feed_forward->down->weight), WithinRel(residual, 0.02));
   CHECK_THAT(deviation(block->attention->output->weight), WithinRel(residual, 0.02));
   CHECK_THAT(deviation(block->memory->output->weight), WithinRel(residual, 0.02));
-  CHECK_THAT(deviation(block->memory->convolution_weight),
-             WithinRel(0.5 / std::sqrt(3.0), 0.02));
+  CHECK_THAT(deviation(block->memory->convolution_weight), WithinRel(0.5 / std::sqrt(3.0), 0.02));
   CHECK(block->mix_memory.eq(1).all().item<bool>());
 }
 
@@ -294,20 +293,33 @@ TEST_CASE("parameter names are those of the model file") {
   config.layers = 1;
   std::set<std::string> names;
   for (const auto& item : small_model(config)->named_parameters()) names.insert(item.key());
-  CHECK(names == std::set<std::string>{
-                     "embedding.weight", "blocks.0.mixer_norm.weight",
-                     "blocks.0.attention.query.weight", "blocks.0.attention.key.weight",
-                     "blocks.0.attention.value.weight", "blocks.0.attention.output.weight",
-                     "blocks.0.attention.sink_key", "blocks.0.attention.sink_value",
-                     "blocks.0.memory.query.weight", "blocks.0.memory.key.weight",
-                     "blocks.0.memory.value.weight", "blocks.0.memory.beta.weight",
-                     "blocks.0.memory.decay.weight", "blocks.0.memory.gate.weight",
-                     "blocks.0.memory.output.weight", "blocks.0.memory.convolution_weight",
-                     "blocks.0.memory.a_log", "blocks.0.memory.dt_bias",
-                     "blocks.0.memory.norm_weight", "blocks.0.mix_attention",
-                     "blocks.0.mix_memory", "blocks.0.feed_forward_norm.weight",
-                     "blocks.0.feed_forward.gate.weight", "blocks.0.feed_forward.up.weight",
-                     "blocks.0.feed_forward.down.weight", "norm.weight", "output.weight"});
+  CHECK(names == std::set<std::string>{"embedding.weight",
+                                       "blocks.0.mixer_norm.weight",
+                                       "blocks.0.attention.query.weight",
+                                       "blocks.0.attention.key.weight",
+                                       "blocks.0.attention.value.weight",
+                                       "blocks.0.attention.output.weight",
+                                       "blocks.0.attention.sink_key",
+                                       "blocks.0.attention.sink_value",
+                                       "blocks.0.memory.query.weight",
+                                       "blocks.0.memory.key.weight",
+                                       "blocks.0.memory.value.weight",
+                                       "blocks.0.memory.beta.weight",
+                                       "blocks.0.memory.decay.weight",
+                                       "blocks.0.memory.gate.weight",
+                                       "blocks.0.memory.output.weight",
+                                       "blocks.0.memory.convolution_weight",
+                                       "blocks.0.memory.a_log",
+                                       "blocks.0.memory.dt_bias",
+                                       "blocks.0.memory.norm_weight",
+                                       "blocks.0.mix_attention",
+                                       "blocks.0.mix_memory",
+                                       "blocks.0.feed_forward_norm.weight",
+                                       "blocks.0.feed_forward.gate.weight",
+                                       "blocks.0.feed_forward.up.weight",
+                                       "blocks.0.feed_forward.down.weight",
+                                       "norm.weight",
+                                       "output.weight"});
 }
 
 TEST_CASE("a clone is a model of its own") {

@@ -139,8 +139,7 @@ TEST_CASE("SwiGLU and RMSNorm are their formulas") {
   torch::manual_seed(4);
   SwiGLU layer(small_config());
   const auto x = at::randn({2, 3, 32});
-  const auto expected =
-      layer->down(at::silu(layer->gate(x)) * layer->up(x));
+  const auto expected = layer->down(at::silu(layer->gate(x)) * layer->up(x));
   CHECK(error_ratio(layer->forward(x), expected) < 1e-6);
   const RMSNorm norm(32, 1e-6);
   CHECK(error_ratio(norm->forward(x), x * x.square().mean(-1, true).rsqrt()) < 1e-5);

@@ -56,8 +56,10 @@ TEST_CASE("a model stored in bf16 is widened, and can be loaded in other types")
   const auto logits = logits_of(*narrow, tokens);
   CHECK(logits.scalar_type() == at::kFloat);
   CHECK(test::error_ratio(logits, logits_of(*wide, tokens)) < 1e-1);
-  CHECK(load_model(folder.path(), at::kDouble)->initial_state(1).blocks[0].memory.state
-            .scalar_type() == at::kDouble);
+  CHECK(load_model(folder.path(), at::kDouble)
+            ->initial_state(1)
+            .blocks[0]
+            .memory.state.scalar_type() == at::kDouble);
 }
 
 TEST_CASE("load_weights reads into a model that is being trained") {
@@ -111,8 +113,7 @@ TEST_CASE("weights that do not fit are named") {
 TEST_CASE("missing, malformed and foreign files are errors that say which") {
   const test::TemporaryFolder folder;
   const auto refuses = [&](const char* text) {
-    CHECK_THROWS_MATCHES(load_model(folder.path()), Error,
-                         MessageMatches(ContainsSubstring(text)));
+    CHECK_THROWS_MATCHES(load_model(folder.path()), Error, MessageMatches(ContainsSubstring(text)));
   };
   refuses("config.json");
   auto model = small_model();

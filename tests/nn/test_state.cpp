@@ -36,8 +36,7 @@ TEST_CASE("a state names its tensors, and can be made from them in any order") {
         std::vector<std::string>{"layers.0.memory.state", "layers.0.memory.conv",
                                  "layers.0.attention.key", "layers.0.attention.value",
                                  "layers.1.memory.state", "layers.1.memory.conv",
-                                 "layers.1.attention.key", "layers.1.attention.value",
-                                 "position"});
+                                 "layers.1.attention.key", "layers.1.attention.value", "position"});
   auto shuffled = state.tensors();
   std::reverse(shuffled.begin(), shuffled.end());
   const auto again = LanguageModelState::from_tensors(shuffled);
@@ -97,14 +96,14 @@ TEST_CASE("reset_rows starts rows anew and leaves the others") {
 
 TEST_CASE("detach cuts the graph, clone copies, bytes counts") {
   auto model = test::small_model();
-  const auto state =
-      model->forward(test::random_tokens(2, 5), model->initial_state(2)).state;
+  const auto state = model->forward(test::random_tokens(2, 5), model->initial_state(2)).state;
   CHECK(state.blocks[0].memory.state.requires_grad());
   CHECK_FALSE(state.detach().blocks[0].memory.state.requires_grad());
   const auto copy = state.clone();
   CHECK_FALSE(copy.position.is_alias_of(state.position));
   int64_t bytes = 0;
-  for (const auto& [name, tensor] : state.tensors()) bytes += tensor.numel() * tensor.element_size();
+  for (const auto& [name, tensor] : state.tensors())
+    bytes += tensor.numel() * tensor.element_size();
   CHECK(state.bytes() == bytes);
   CHECK(model->state_bytes(2) == bytes);
 }

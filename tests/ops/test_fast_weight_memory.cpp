@@ -26,7 +26,18 @@ constexpr int64_t kTaps = 4;
 constexpr double kEps = 1e-6;
 
 enum Input {
-  kQuery, kKey, kValue, kBeta, kDecay, kGate, kConvolution, kALog, kDtBias, kNorm, kState, kPast
+  kQuery,
+  kKey,
+  kValue,
+  kBeta,
+  kDecay,
+  kGate,
+  kConvolution,
+  kALog,
+  kDtBias,
+  kNorm,
+  kState,
+  kPast
 };
 
 Tensors random_inputs(int64_t tokens, at::ScalarType type = at::kFloat) {
@@ -64,8 +75,7 @@ Tensor unit(const Tensor& x) { return x * (x.square().sum(-1, true) + 1e-6).rsqr
 /// The layer's arithmetic as the header states it, token by token. Returns o and the state.
 std::pair<Tensor, Tensor> plain_memory(const Tensors& in, bool gated) {
   const auto tokens = in[kQuery].size(1);
-  const auto inputs =
-      at::cat({in[kPast], at::cat({in[kQuery], in[kKey], in[kValue]}, 2)}, 1);
+  const auto inputs = at::cat({in[kPast], at::cat({in[kQuery], in[kKey], in[kValue]}, 2)}, 1);
   auto mixed = at::zeros({2, tokens, inputs.size(2)}, inputs.options());
   for (int64_t tap = 0; tap < kTaps; ++tap) {
     mixed = mixed + inputs.narrow(1, tap, tokens) * in[kConvolution].select(1, tap);
@@ -75,7 +85,8 @@ std::pair<Tensor, Tensor> plain_memory(const Tensors& in, bool gated) {
   const auto repeat = [](const Tensor& x) { return x.repeat_interleave(kValueHeads / kHeads, 2); };
   const auto q = repeat(unit(mixed.narrow(2, 0, keys).unflatten(2, {kHeads, -1})));
   const auto k = repeat(unit(mixed.narrow(2, keys, keys).unflatten(2, {kHeads, -1})));
-  const auto v = mixed.narrow(2, 2 * keys, kValueHeads * kValueSize).unflatten(2, {kValueHeads, -1});
+  const auto v =
+      mixed.narrow(2, 2 * keys, kValueHeads * kValueSize).unflatten(2, {kValueHeads, -1});
   const auto beta = 1.5 * at::sigmoid(in[kBeta]);
   const auto g = -in[kALog].exp() * at::softplus(in[kDecay] + in[kDtBias]);
   auto state = in[kState];
@@ -101,9 +112,9 @@ TEST_CASE("fast_weight_memory is its definition, with every gradient") {
   CAPTURE(gated, type, tokens);
   const auto p = params(gated ? "gated_delta_rule" : "delta_rule");
   const auto inputs = random_inputs(tokens);
-  const auto output = test::compare(
-      [&](const Tensors& in) { return std::get<0>(run(in, p)); },
-      [&](const Tensors& in) { return plain_memory(in, gated).first; }, inputs, type);
+  const auto output =
+      test::compare([&](const Tensors& in) { return std::get<0>(run(in, p)); },
+                    [&](const Tensors& in) { return plain_memory(in, gated).first; }, inputs, type);
   CHECK(output.output < test::tolerance(type).output);
   CHECK(output.gradient < test::tolerance(type).gradient);
   const auto state = test::compare(
@@ -164,12 +175,10 @@ TEST_CASE("states left out are zero; delta_rule needs no decay") {
 TEST_CASE("16-bit inputs keep gates and state in fp32") {
   torch::manual_seed(5);
   auto inputs = random_inputs(50);
-  const auto exact = plain_memory(random_inputs(0), true);  // only to have the shapes
   for (int i = kQuery; i <= kGate; ++i) inputs[i] = inputs[i].to(at::kBFloat16);
   const auto [o, state, past] = run(inputs, params("gated_delta_rule"));
   CHECK(o.scalar_type() == at::kBFloat16);
   CHECK(state.scalar_type() == at::kFloat);
-  CHECK(state.sizes() == exact.second.sizes());
   Tensors wide;
   for (const auto& input : inputs) wide.push_back(input.to(at::kDouble));
   const auto [wide_o, wide_state] = plain_memory(wide, true);
@@ -187,7 +196,8 @@ TEST_CASE("fast_weight_memory names what does not fit") {
     inputs[index] = wrong;
     CHECK_THROWS_MATCHES(run(inputs, p), ShapeError, MessageMatches(ContainsSubstring(text)));
   };
-  throws_with(kKey, at::randn({2, 5, 22}), "key must be [B, T, H * K] = [2, 5, 24], got [2, 5, 22]");
+  throws_with(kKey, at::randn({2, 5, 22}),
+              "key must be [B, T, H * K] = [2, 5, 24], got [2, 5, 22]");
   throws_with(kBeta, at::randn({2, 5, 3}), "beta must be [B, T, HV] = [2, 5, 4], got [2, 5, 3]");
   throws_with(kDecay, at::randn({2, 5, 2}), "decay must be [B, T, HV] = [2, 5, 4]");
   throws_with(kGate, at::randn({2, 5, 79}), "gate must be [B, T, HV * V] = [2, 5, 80]");

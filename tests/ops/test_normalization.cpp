@@ -36,23 +36,23 @@ TEST_CASE("rms_norm, gated_rms_norm and swiglu are their formulas, with gradient
   const auto weight = at::randn({width});
   const auto limit = tolerance(type);
 
-  const auto norm = compare([](const Tensors& in) { return rms_norm(in[0], in[1], kEps); },
-                            [](const Tensors& in) { return plain_norm(in[0], in[1]); },
-                            {x, weight}, type);
+  const auto norm =
+      compare([](const Tensors& in) { return rms_norm(in[0], in[1], kEps); },
+              [](const Tensors& in) { return plain_norm(in[0], in[1]); }, {x, weight}, type);
   CHECK(norm.output < limit.output);
   // The gradient of a normalised single element is a difference of two equal numbers.
   if (width > 1) CHECK(norm.gradient < limit.gradient);
 
-  const auto gated = compare(
-      [](const Tensors& in) { return gated_rms_norm(in[0], in[1], in[2], kEps); },
-      [](const Tensors& in) { return plain_norm(in[0], in[2]) * at::silu(in[1]); },
-      {x, gate, weight}, type);
+  const auto gated =
+      compare([](const Tensors& in) { return gated_rms_norm(in[0], in[1], in[2], kEps); },
+              [](const Tensors& in) { return plain_norm(in[0], in[2]) * at::silu(in[1]); },
+              {x, gate, weight}, type);
   CHECK(gated.output < limit.output);
   if (width > 1) CHECK(gated.gradient < limit.gradient);
 
-  const auto unit = compare([](const Tensors& in) { return swiglu(in[0], in[1]); },
-                            [](const Tensors& in) { return at::silu(in[0]) * in[1]; }, {gate, x},
-                            type);
+  const auto unit =
+      compare([](const Tensors& in) { return swiglu(in[0], in[1]); },
+              [](const Tensors& in) { return at::silu(in[0]) * in[1]; }, {gate, x}, type);
   CHECK(unit.output < limit.output);
   CHECK(unit.gradient < limit.gradient);
 }
@@ -62,7 +62,7 @@ TEST_CASE("norms of mixed types and of strided inputs") {
   const auto x = at::randn({4, 64, 5}).transpose(1, 2);
   const auto weight = at::randn({64});
   CHECK(test::error_ratio(rms_norm(x, weight.to(at::kBFloat16), kEps),
-                             plain_norm(x, weight.to(at::kBFloat16).to(at::kFloat))) < 1e-6);
+                          plain_norm(x, weight.to(at::kBFloat16).to(at::kFloat))) < 1e-6);
   const auto y = rms_norm(x, weight, kEps, at::kBFloat16);
   CHECK(y.scalar_type() == at::kBFloat16);
   CHECK(test::error_ratio(y, plain_norm(x, weight)) < 5e-3);

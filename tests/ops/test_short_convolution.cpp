@@ -80,8 +80,8 @@ TEST_CASE("short_convolution in pieces is one call") {
   Tensors parts;
   auto state = at::zeros({2, 3, 70});
   for (int64_t begin = 0; begin < x.size(1); begin += piece) {
-    auto [y, next] = short_convolution(
-        x.narrow(1, begin, std::min(piece, x.size(1) - begin)), weight, state);
+    auto [y, next] =
+        short_convolution(x.narrow(1, begin, std::min(piece, x.size(1) - begin)), weight, state);
     parts.push_back(y);
     state = next;
   }

@@ -58,8 +58,8 @@ def _run(
     outputs = [v[:, :0]]
     for t in range(q.shape[1]):
         state = state * decay[:, t, :, None, None]
-        key = k[:, t, :, :, None]
-        error = v[:, t, :, None, :] - (state * key).sum(-2, keepdim=True)
-        state = state + (beta[:, t, :, None, None] * key) * error
-        outputs.append((state * q[:, t, :, :, None]).sum(-2)[:, None])
+        key = k[:, t, :, None, :]
+        error = v[:, t, :, None, :] - key @ state
+        state = state + (beta[:, t, :, None, None] * key.mT) @ error
+        outputs.append((q[:, t, :, None, :] @ state).transpose(1, 2))
     return torch.cat(outputs, 1), state

@@ -15,6 +15,15 @@ from torch import Tensor
 PACKINGS = ((0, 15), (0, 0, 15, 15, 79, 143, 143), (0, 1, 2, 66), (0, 256, 500, 1000), (0, 0), (0,))
 
 
+def long_cases() -> list[Case]:
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    gates = ("mild", "mixed", "none", "forgetting")
+    return [
+        Case(tokens=1000, sizes=(60, 100), heads=(1, 2), gate=gate, dtype=dtype)
+        for gate, dtype in zip(gates, dtypes, strict=True)
+    ]
+
+
 def packed_cases() -> list[Case]:
     cases = []
     for cu_seqlens in PACKINGS:
@@ -33,7 +42,7 @@ def gradients(inputs: Inputs, o: Tensor, state: Tensor | None) -> dict[str, Tens
 
 
 @pytest.mark.usefixtures("poisoned_buffers")
-@pytest.mark.parametrize("case", sweep() + packed_cases(), ids=str)
+@pytest.mark.parametrize("case", sweep() + long_cases() + packed_cases(), ids=str)
 def test_outputs_state_and_gradients(case: Case) -> None:
     inputs = make_inputs(case).with_gradients()
     exact = inputs.double().with_gradients()

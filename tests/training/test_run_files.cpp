@@ -20,7 +20,8 @@ namespace {
 
 class TemporaryFolder {
  public:
-  TemporaryFolder() : path_(fs::temp_directory_path() / ("fastweights-" + std::to_string(getpid()))) {
+  TemporaryFolder()
+      : path_(fs::temp_directory_path() / ("fastweights-" + std::to_string(getpid()))) {
     fs::remove_all(path_);
     fs::create_directories(path_);
   }
@@ -62,7 +63,8 @@ TEST_CASE("texts are read as bytes, folders in the order of names", "[corpus]") 
   folder.file("plays/b.txt", "second");
   folder.file("plays/a.txt", std::string("\xff\x00 not UTF-8", 12));
   folder.file("plays/notes.md", "no text");
-  const auto works = training::read_works({folder.path() / "plays", folder.path() / "plays/notes.md"});
+  const auto works =
+      training::read_works({folder.path() / "plays", folder.path() / "plays/notes.md"});
   REQUIRE(works.size() == 3);
   CHECK(works[0].name == "a");
   CHECK(works[0].bytes.size() == 12);

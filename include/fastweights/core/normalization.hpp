@@ -5,9 +5,9 @@
 #include "fastweights/core/array.hpp"
 #include "fastweights/core/executor.hpp"
 
-// Norms and gated units on raw memory, compiled for several instruction sets, the best chosen at run
-// time. The arithmetic is fp64 if `x` (or `gate` of SwiGLU) is, else fp32; element types may differ
-// from array to array otherwise. Results do not depend on the executor.
+// Norms and gated units on raw memory, compiled for several instruction sets, the best chosen at
+// run time. The arithmetic is fp64 if `x` (or `gate` of SwiGLU) is, else fp32; element types may
+// differ from array to array otherwise. Results do not depend on the executor.
 
 namespace fastweights::cpu {
 

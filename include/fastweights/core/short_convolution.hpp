@@ -14,7 +14,8 @@ using core::Array;
 using core::ConstArray;
 using core::Executor;
 
-/// y_t = silu(Σ_w weight[:, w] ⊙ x_{t − W + 1 + w}); `state` holds the W − 1 inputs before the first.
+/// y_t = silu(Σ_w weight[:, w] ⊙ x_{t − W + 1 + w}); `state` holds the W − 1 inputs before the
+/// first.
 struct ShortConvolutionParams {
   std::int64_t batch = 0;
   std::int64_t tokens = 0;

@@ -15,8 +15,8 @@ using core::Array;
 using core::ConstArray;
 using core::Executor;
 
-/// Rotates the first half of each head's dimensions by the angles position · base^(−4i/size), pairing
-/// dimension i with i + size / 4; angles are formed in fp64.
+/// Rotates the first half of each head's dimensions by the angles position · base^(−4i/size),
+/// pairing dimension i with i + size / 4; angles are formed in fp64.
 struct RotaryParams {
   std::int64_t batch = 0;
   std::int64_t tokens = 0;
@@ -31,8 +31,8 @@ struct RotaryParams {
 
 void rotary_embedding(const RotaryParams& params, const Executor& executor);
 
-/// A token attends to itself, the window − 1 tokens before it and the sinks. Tokens before the first
-/// come from the ring: token i of a row stands in slot i % window, and exists if i ≥ 0.
+/// A token attends to itself, the window − 1 tokens before it and the sinks. Tokens before the
+/// first come from the ring: token i of a row stands in slot i % window, and exists if i ≥ 0.
 struct SlidingWindowAttentionParams {
   std::int64_t batch = 0;
   std::int64_t tokens = 0;
@@ -50,16 +50,15 @@ struct SlidingWindowAttentionParams {
   Array log_sum;                           // [batch, heads, tokens], logarithm of the softmax's sum
 };
 
-/// Gradients; the forward call's `o` and `log_sum` are read.
+/// Gradients; the forward call's `log_sum` is read, its `o` is not.
 struct SlidingWindowAttentionGradients {
-  ConstArray d_o;                     // [batch, tokens, heads, size]
-  Array d_query, d_key, d_value;      // [batch, tokens, heads, size]
-  Array d_sink_key, d_sink_value;     // like the sinks
-  Array d_cache_key, d_cache_value;   // like the caches, or null; slots not seen are left alone
+  ConstArray d_o;                    // [batch, tokens, heads, size]
+  Array d_query, d_key, d_value;     // [batch, tokens, heads, size]
+  Array d_sink_key, d_sink_value;    // like the sinks
+  Array d_cache_key, d_cache_value;  // like the caches, or null; slots not seen are left alone
 };
 
-void sliding_window_attention(const SlidingWindowAttentionParams& params,
-                              const Executor& executor);
+void sliding_window_attention(const SlidingWindowAttentionParams& params, const Executor& executor);
 void sliding_window_attention_backward(const SlidingWindowAttentionParams& params,
                                        const SlidingWindowAttentionGradients& gradients,
                                        const Executor& executor);

@@ -14,9 +14,10 @@
 namespace fastweights::nn {
 
 struct ForwardOptions {
-  bool in_place = false;          ///< inference only: the state given is overwritten where it can be
-  bool logits = true;             ///< false: only the state is wanted
-  bool last_logits_only = false;  ///< logits [B, 1, vocabulary] of the last token ([B, 0, ...] if T = 0)
+  bool in_place = false;  ///< inference only: the state given is overwritten where it can be
+  bool logits = true;     ///< false: only the state is wanted
+  bool last_logits_only =
+      false;  ///< logits [B, 1, vocabulary] of the last token ([B, 0, ...] if T = 0)
 };
 
 struct LanguageModelOutput {
@@ -24,12 +25,13 @@ struct LanguageModelOutput {
   LanguageModelState state;
 };
 
-/// A language model whose blocks join windowed attention and fast-weight memories. It carries all it
-/// keeps of what it read in an explicit state of fixed size: any number of callers may share one model.
+/// A language model whose blocks join windowed attention and fast-weight memories. It carries all
+/// it keeps of what it read in an explicit state of fixed size: any number of callers may share one
+/// model.
 ///
-/// Weights start as in GPT-2 (Radford et al. 2019): normal(0, initializer_range), and layers that write
-/// into the residual stream divided by √(2 · layers); norms at one; the convolution uniform in
-/// ±1/√W (PyTorch's Conv1d); gates as FastWeightMemory says.
+/// Weights start as in GPT-2 (Radford et al. 2019): normal(0, initializer_range), and layers that
+/// write into the residual stream divided by √(2 · layers); norms at one; the convolution uniform
+/// in ±1/√W (PyTorch's Conv1d); gates as FastWeightMemory says.
 class LanguageModelImpl : public torch::nn::Cloneable<LanguageModelImpl> {
  public:
   /// @throws Error if the configuration is not valid

@@ -112,7 +112,8 @@ class BlockImpl : public torch::nn::Cloneable<BlockImpl> {
   };
   struct Options {
     bool in_place = false;
-    at::Tensor memory_keep = {};  ///< [B, 1, 1], 0 where the row's memory is dropped; may be undefined
+    at::Tensor memory_keep =
+        {};  ///< [B, 1, 1], 0 where the row's memory is dropped; may be undefined
   };
 
   explicit BlockImpl(LanguageModelConfig config, int64_t layer = 0);

@@ -10,8 +10,8 @@
 
 namespace fastweights {
 
-/// Reads a model folder: `config.json` and `model.safetensors`. The model is in evaluation mode, its
-/// parameters need no gradients.
+/// Reads a model folder: `config.json` and `model.safetensors`. The model is in evaluation mode,
+/// its parameters need no gradients.
 /// @param dtype type of the weights in memory; files in bf16 or fp16 are widened
 /// @throws FileError for a missing or malformed file, Error for a configuration that is not valid,
 ///         StateMismatch naming the tensors that are missing, of another shape, or not known

@@ -10,19 +10,19 @@ namespace fastweights {
 
 /// Sizes and constants of `fast_weight_memory`.
 struct FastWeightMemoryParams {
-  int64_t heads = 1;        ///< H, key heads
-  int64_t value_heads = 1;  ///< HV, a multiple of H
-  double beta_max = 1.0;    ///< β lies in (0, beta_max); up to 2
+  int64_t heads = 1;                           ///< H, key heads
+  int64_t value_heads = 1;                     ///< HV, a multiple of H
+  double beta_max = 1.0;                       ///< β lies in (0, beta_max); up to 2
   std::string_view rule = "gated_delta_rule";  ///< or "delta_rule", which has no decay
-  double eps = 1e-6;        ///< of the per-head norm
-  bool in_place = false;    ///< inference only: the states given may be overwritten
+  double eps = 1e-6;                           ///< of the per-head norm
+  bool in_place = false;  ///< inference only: the states given may be overwritten
 };
 
-/// Everything in a fast-weight memory layer that lies between its projections: short convolution over
-/// queries, keys and values, L2-normalised queries and keys, write strength
-/// `β = beta_max · σ(beta)`, log-decay `g = −exp(a_log) · softplus(decay + dt_bias)` (Mamba-2,
-/// arXiv:2405.21060; Gated DeltaNet, arXiv:2412.06464), the rule, then a norm per head with an output
-/// gate. Gates and state are fp32 whatever the inputs are (fp64 for fp64 inputs).
+/// Everything in a fast-weight memory layer that lies between its projections: short convolution
+/// over queries, keys and values, L2-normalised queries and keys, write strength `β = beta_max ·
+/// σ(beta)`, log-decay `g = −exp(a_log) · softplus(decay + dt_bias)` (Mamba-2, arXiv:2405.21060;
+/// Gated DeltaNet, arXiv:2412.06464), the rule, then a norm per head with an output gate. Gates and
+/// state are fp32 whatever the inputs are (fp64 for fp64 inputs).
 /// @param query, key         [B, T, H·K], projected
 /// @param value, gate        [B, T, HV·V], projected
 /// @param beta               [B, T, HV], before the sigmoid
@@ -35,8 +35,8 @@ struct FastWeightMemoryParams {
 /// @return o [B, T, HV·V], the state and the convolution's state after the last token
 /// @throws ShapeError naming the tensor, the expected and the given shape
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& beta, const std::optional<at::Tensor>& decay, const at::Tensor& gate,
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& beta,
+    const std::optional<at::Tensor>& decay, const at::Tensor& gate,
     const at::Tensor& convolution_weight, const std::optional<at::Tensor>& a_log,
     const std::optional<at::Tensor>& dt_bias, const at::Tensor& norm_weight,
     const std::optional<at::Tensor>& state, const std::optional<at::Tensor>& convolution_state,

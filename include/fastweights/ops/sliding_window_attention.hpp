@@ -24,15 +24,17 @@ at::Tensor rotary_embedding(const at::Tensor& x, const at::Tensor& position, int
                             double base = 10000.0);
 
 /// Causal attention over a sliding window, with learned sinks (arXiv:2309.17453) and partial rotary
-/// position embedding (arXiv:2104.09864): the first D/2 dimensions of queries and keys are rotated by
-/// the absolute position (angles in fp64, so they are exact at 10^7 tokens), pairing dimension i with
-/// i + D/4. Sink keys live in the other half, so their scores do not depend on the position.
+/// position embedding (arXiv:2104.09864): the first D/2 dimensions of queries and keys are rotated
+/// by the absolute position (angles in fp64, so they are exact at 10^7 tokens), pairing dimension i
+/// with i + D/4. Sink keys live in the other half, so their scores do not depend on the position.
 /// @param query, key, value [B, T, heads·D], projected; D a multiple of 4
 /// @param sink_key          [heads, S, D/2]
 /// @param sink_value        [heads, S, D]
-/// @param cache_key, cache_value ring [B, window, heads, D] of rotated keys and of values: the token
+/// @param cache_key, cache_value ring [B, window, heads, D] of rotated keys and of values: the
+/// token
 ///        with index i stands in slot i % window; empty unless given
-/// @param position          int64 [B], tokens seen so far; a row at 0 does not see what its ring holds
+/// @param position          int64 [B], tokens seen so far; a row at 0 does not see what its ring
+/// holds
 /// @return o [B, T, heads·D] and both caches after the last token. Cost and memory are linear in T.
 /// @throws ShapeError naming the tensor, the expected and the given shape
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sliding_window_attention(
