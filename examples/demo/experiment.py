@@ -88,7 +88,7 @@ class Experiment:
     def _describe_model(self) -> dict[str, Any]:
         config = self.model.config
         return {
-            "path": str(self.source.model_path),
+            "path": shown(self.source.model_path),
             "parameters": self.model.parameter_count(),
             "layers": config.layers,
             "window": config.attention_window,
@@ -222,6 +222,13 @@ class Experiment:
             "same_bytes": here["written"] == there["written"],
             "same_logits": here["logits"] == there["logits"],
         }
+
+
+def shown(path: Path) -> str:
+    """A path as it is written into results: below the project, relative to it."""
+    root = Path(__file__).resolve().parents[2]
+    path = path.resolve()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def _rounded(values: Array) -> list[float]:

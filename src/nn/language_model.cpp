@@ -99,15 +99,27 @@ void LanguageModelImpl::reset() {
     embedding->weight.normal_(0.0, config_.initializer_range);
   }
   auto list = register_module("blocks", torch::nn::ModuleList());
-  blocks.clear();
-  for (int64_t layer = 0; layer < config_.layers; ++layer) {
-    blocks.emplace_back(config_, layer);
-    list->push_back(blocks.back());
-  }
+  for (int64_t layer = 0; layer < config_.layers; ++layer) list->push_back(Block(config_, layer));
+  collect_blocks();
   norm = register_module("norm", RMSNorm(config_.width, config_.norm_epsilon));
   if (config_.tie_embeddings) return;
   output = register_module(
       "output", make_projection(config_.width, config_.vocabulary_size, config_.initializer_range));
+}
+
+// Cloning replaces the list's modules.
+std::shared_ptr<torch::nn::Module> LanguageModelImpl::clone(
+    const std::optional<at::Device>& device) const {
+  auto copy = Cloneable::clone(device);
+  std::static_pointer_cast<LanguageModelImpl>(copy)->collect_blocks();
+  return copy;
+}
+
+void LanguageModelImpl::collect_blocks() {
+  blocks.clear();
+  for (const auto& child : named_children()["blocks"]->children()) {
+    blocks.emplace_back(std::dynamic_pointer_cast<BlockImpl>(child));
+  }
 }
 
 LanguageModelState LanguageModelImpl::initial_state(int64_t batch) const {

@@ -79,7 +79,7 @@ TEST_CASE("from_tensors refuses what is no state") {
 
 TEST_CASE("reset_rows starts rows anew and leaves the others") {
   const auto state = state_after_reading(3, 40);
-  const auto reset = state.reset_rows(at::tensor({false, true, false}));
+  const auto reset = state.reset_rows(torch::tensor({false, true, false}));
   const auto fresh = test::small_model()->initial_state(3).tensors();
   const auto before = state.tensors();
   const auto after = reset.tensors();
@@ -90,7 +90,7 @@ TEST_CASE("reset_rows starts rows anew and leaves the others") {
     CHECK(after[i].second[2].equal(before[i].second[2]));
   }
   CHECK(state.position.equal(at::full({3}, 40, at::kLong)));
-  CHECK_THROWS_MATCHES(state.reset_rows(at::tensor({true})), ShapeError,
+  CHECK_THROWS_MATCHES(state.reset_rows(torch::tensor({true})), ShapeError,
                        MessageMatches(ContainsSubstring("mask must be bool [B] = [3]")));
 }
 

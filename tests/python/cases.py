@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 SETTINGS: dict[str, Sequence[Any]] = {
-    "tokens": (0, 1, 63, 64, 65),
+    "tokens": (0, 1, 63, 64, 65, 1000),
     "sizes": ((64, 64), (60, 100), (100, 60), (256, 1), (1, 256), (128, 32)),  # K, V
     "heads": ((1, 1), (2, 2), (2, 4), (1, 3)),  # H, HV
     "gate": ("none", "mild", "mixed", "forgetting", "0", "-1e-6", "-50", "-inf"),
@@ -85,8 +85,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     states = len(case.cu_seqlens) - 1 if case.cu_seqlens else rows
     (heads, value_heads), (key_size, value_size) = case.heads, case.sizes
     k = normal(rows, case.tokens, heads, key_size)
-    if not case.use_qk_l2norm:
-        k = torch.nn.functional.normalize(k, dim=-1)
+    if not case.use_qk_l2norm:  # shorter than 1, lest a write with β = 1 leave exactly nothing
+        k = 0.9 * torch.nn.functional.normalize(k, dim=-1)
     gates = (rows, case.tokens, value_heads)
     gate_dtype = torch.float32 if case.gates_in_fp32 else case.dtype
     state_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32

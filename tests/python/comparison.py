@@ -1,5 +1,7 @@
 """How far a result may lie from the fp64 oracle: RMS(error) / RMS(fp64)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,10 @@ def rms(x: Tensor) -> float:
 
 def relative_error(given: Tensor, expected: Tensor) -> float:
     """RMS(given − expected) / RMS(expected); 0 / 0 is 0."""
-    difference = rms(given.double() - expected.double())
-    return difference / rms(expected) if difference else 0.0
+    difference, size = rms(given.double() - expected.double()), rms(expected)
+    if difference == 0.0:
+        return 0.0
+    return difference / size if size else math.inf
 
 
 def assert_near(name: str, given: Tensor, expected: Tensor, tolerance: float) -> None:

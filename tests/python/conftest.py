@@ -13,6 +13,12 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tests are small, and on a busy machine threads mostly wait for one another."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def poisoned_buffers() -> Iterator[None]:
     """torch.empty returns NaN, so that an element nobody wrote shows."""

@@ -1,12 +1,15 @@
 """Calls a rule or its oracle with the tensors of a case."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import oracle
 import torch
 from cases import Case, Inputs
-from fastweights import ops
 from torch import Tensor
+
+from fastweights import ops
 
 
 def call(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -32,6 +35,17 @@ def call_oracle(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
 def options_of(case: Case) -> dict[str, Any]:
     cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens)
     return {"cu_seqlens": cu_seqlens, "use_qk_l2norm": case.use_qk_l2norm}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs what is within on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def loss_of(o: Tensor, state: Tensor | None, seed: int = 1) -> Tensor:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+
 from fastweights.nn import LanguageModel, LanguageModelConfig
 
 SMALL: dict[str, Any] = {

@@ -4,8 +4,9 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import fastweights
 import pytest
+
+import fastweights
 from fastweights import _C
 from fastweights.nn import LanguageModelConfig
 

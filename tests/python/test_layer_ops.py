@@ -1,13 +1,16 @@
 """What lies between the projections, against its plain definition in fp64."""
 
-import fastweights
+from functools import partial
+
 import pytest
 import torch
 from comparison import assert_near
-from fastweights import ops
 from oracle import delta_rule
 from torch import Tensor
 from torch.nn.functional import silu, softplus
+
+import fastweights
+from fastweights import ops
 
 
 def convolution_by_definition(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
@@ -48,6 +51,27 @@ def test_norms_and_swiglu() -> None:
     narrow = ops.rms_norm(x.bfloat16(), weight.float(), 1e-6)
     assert narrow.dtype == torch.bfloat16
     assert_near("rms_norm", narrow, normed, 1e-2)
+
+
+def test_norms_and_swiglu_gradients() -> None:
+    x, gate = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    gradcheck = torch.autograd.gradcheck
+    assert gradcheck(partial(ops.rms_norm, eps=1e-6), (x, weight))
+    assert gradcheck(partial(ops.gated_rms_norm, eps=1e-6), (x, gate, weight))
+    assert gradcheck(ops.swiglu, (gate, x))
+
+
+def test_opcheck() -> None:
+    x, gate = (torch.randn(2, 3, 4, requires_grad=True) for _ in range(2))
+    weight = torch.randn(4, requires_grad=True)
+    taps, past = torch.randn(4, 3, requires_grad=True), torch.randn(2, 2, 4, requires_grad=True)
+    registered, opcheck = torch.ops.fastweights, torch.library.opcheck
+    opcheck(registered.rms_norm.default, (x, weight, 1e-6))
+    opcheck(registered.gated_rms_norm.default, (x, gate, weight, 1e-6))
+    opcheck(registered.swiglu.default, (gate, x))
+    opcheck(registered.short_convolution.default, (x, taps, past))
+    opcheck(registered.short_convolution.default, (x, taps))
 
 
 class MemoryInputs:
@@ -113,6 +137,19 @@ def test_fast_weight_memory(rule: str, tokens: int, in_place: bool) -> None:
         [inputs.conv, torch.cat([inputs.query, inputs.key, inputs.value], -1)], 1
     )
     assert torch.equal(conv, everything[:, tokens:])
+
+
+def test_fast_weight_memory_gradients() -> None:
+    inputs = MemoryInputs(4)
+    names = ("query", "value", "beta", "decay", "gate", "convolution_weight", "a_log", "state")
+
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        for name, tensor in zip(names, tensors, strict=True):
+            setattr(inputs, name, tensor)
+        return inputs.call()
+
+    tensors = [getattr(inputs, name).requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
 
 
 def test_fast_weight_memory_compiles_in_one_graph() -> None:

@@ -3,13 +3,14 @@
 import math
 from typing import Any
 
-import fastweights
 import pytest
 import torch
 from comparison import assert_near
-from fastweights.nn import FastWeightMemory, LanguageModel, LanguageModelState
 from small_models import VARIANTS, random_tokens, small_config, small_model
 from torch import Tensor, nn
+
+import fastweights
+from fastweights.nn import FastWeightMemory, LanguageModel, LanguageModelState
 
 
 def logits_of(model: LanguageModel, tokens: Tensor, **options: Any) -> Tensor:
@@ -335,6 +336,22 @@ def test_compile_in_one_graph(variant: str, backend: str) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert_near(name, parameter.grad, gradients[name], 1e-4)
+
+
+def test_functional_gradients() -> None:
+    model = small_model()
+    tokens = random_tokens(1, 9)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = torch.func.functional_call(model, parameters, (tokens,)).logits
+        return logits.square().sum()
+
+    given = torch.func.grad(loss)(parameters)
+    logits_of(model, tokens).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert_near(name, given[name], parameter.grad, 1e-5)
 
 
 def test_autocast() -> None:

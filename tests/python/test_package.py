@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastweights
 import pytest
 import torch
+
+import fastweights
 from fastweights import _C, _build, nn, ops
 
 

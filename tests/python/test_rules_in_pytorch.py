@@ -8,9 +8,10 @@ import pytest
 import torch
 from cases import Case, Inputs, make_inputs
 from comparison import assert_near
-from fastweights import ops
 from rules import call, loss_of
 from torch import Tensor
+
+from fastweights import ops
 
 RULES = ["none", "mild"]  # the gate: without and with one
 
@@ -228,6 +229,7 @@ def test_second_derivatives_are_refused(gate: str) -> None:
         first.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 @pytest.mark.parametrize("gate", RULES)
 def test_forward_mode_is_refused(gate: str) -> None:
     inputs = small(gate)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from cases import Case, Inputs, make_inputs
 from comparison import OUTPUT_TOLERANCE, assert_near
-from fastweights import ops
 from rules import call_oracle
 from torch import Tensor
+
+from fastweights import ops
 
 
 def call(inputs: Inputs, state: Tensor, use_qk_l2norm: bool = False) -> Tensor:

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <memory>
+#include <optional>
 #include <vector>
 
 #include <torch/nn/cloneable.h>
@@ -37,6 +39,8 @@ class LanguageModelImpl : public torch::nn::Cloneable<LanguageModelImpl> {
   /// @throws Error if the configuration is not valid
   explicit LanguageModelImpl(LanguageModelConfig config = {});
   void reset() override;
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<at::Device>& device = std::nullopt) const override;
 
   const LanguageModelConfig& config() const { return config_; }
 
@@ -68,6 +72,7 @@ class LanguageModelImpl : public torch::nn::Cloneable<LanguageModelImpl> {
   torch::nn::Linear output{nullptr};  ///< null if the embeddings are tied
 
  private:
+  void collect_blocks();
   at::Tensor draw_memory_keep(int64_t batch) const;
   at::Tensor to_logits(const at::Tensor& x) const;
 
