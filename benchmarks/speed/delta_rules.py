@@ -22,9 +22,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from record import Record, save_record  # noqa: E402
-
-from fastweights import ops  # noqa: E402
+from fastweights import ops
+from record import Record, save_record
 
 DEFAULT_SHAPES = ["1x512x16x128", "1x1024x16x128", "1x4096x16x128", "1x1024x4x128", "8x512x4x64"]
 RESULT = Path(__file__).resolve().parents[1] / "results" / "speed_delta_rules.json"
@@ -141,7 +140,7 @@ def print_table(rows: list[dict]) -> None:
         mine = statistics.median(row["seconds"]) * 1e3
         theirs = statistics.median(row["peer_seconds"]) * 1e3
         print(
-            f"{str(Shape(**row['shape'])):28}{row['pass']:18}{row['threads']:>8}"
+            f"{Shape(**row['shape'])!s:28}{row['pass']:18}{row['threads']:>8}"
             f"{mine:>10.2f}{theirs:>10.2f}{row['ratio_median']:>7.1f}x"
         )
 
@@ -169,8 +168,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", type=Shape.parse, metavar="BxTxHxK",
-                        default=[Shape.parse(text) for text in DEFAULT_SHAPES])
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=Shape.parse,
+        metavar="BxTxHxK",
+        default=[Shape.parse(text) for text in DEFAULT_SHAPES],
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--samples", type=int, default=7, help="pairs of calls for each figure")
     parser.add_argument("--output", type=Path, default=RESULT)

@@ -153,8 +153,9 @@ def main() -> None:
     name, text = read_source(arguments)
     if not (arguments.model / "config.json").exists():
         fail(f"there is no model in {arguments.model}")
-    import fastweights
     from experiment import Source
+
+    import fastweights
 
     training = [path.read_bytes() for path in sorted(arguments.training.glob("*.txt"))]
     source = Source(arguments.model, name, text, training)

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fastweights
 import numpy as np
 import recall
 import resume
-from fastweights.nn import LanguageModel
 from intervals import LEVEL, RESAMPLES, Array, Interval, ratio_interval
 from ppmd import ORDER, PIECE, ppmd_bits
 from readings import reach, read_carried, read_off, read_reset
 from tqdm import tqdm
+
+import fastweights
+from fastweights.nn import LanguageModel
 
 BLOCK_BYTES = 8192
 CLOZES = 100

@@ -12,12 +12,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 
-import fastweights
 import numpy as np
 import torch
+from intervals import Array
+
+import fastweights
 from fastweights.nn import LanguageModel
 from fastweights.nn.state import BlockState, LanguageModelState, MemoryState
-from intervals import Array
 
 ROWS = 32
 Advance = Callable[[int], object]

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import fastweights
 import numpy as np
 from intervals import Array, Interval, ratio_interval
+
+import fastweights
 
 WORD = re.compile(rb"[A-Za-z\x80-\xff][A-Za-z'\x80-\xff]{3,}")
 COMMONEST = 500

@@ -15,9 +15,8 @@ namespace py = pybind11;
 // Text of an error may hold a file name that is no UTF-8.
 void raise(const char* name, const char* message) {
   const auto type = py::module_::import("fastweights.errors").attr(name);
-  const auto text = py::reinterpret_steal<py::object>(
-      PyUnicode_DecodeUTF8(message, static_cast<Py_ssize_t>(std::strlen(message)),
-                           "surrogateescape"));
+  const auto text = py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
+      message, static_cast<Py_ssize_t>(std::strlen(message)), "surrogateescape"));
   PyErr_SetObject(type.ptr(), text.ptr());
 }
 

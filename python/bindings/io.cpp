@@ -57,8 +57,7 @@ void bind_files(py::module_& module) {
       },
       py::arg("path"), py::arg("tensors"), py::arg("metadata") = io::Metadata());
   module.def(
-      "load_metadata",
-      [](const Path& path) { return io::SafetensorsFile(path).view().metadata(); },
+      "load_metadata", [](const Path& path) { return io::SafetensorsFile(path).view().metadata(); },
       py::arg("path"));
   module.def(
       "write_text",

@@ -61,7 +61,8 @@ std::shared_ptr<Model> from_tensors(const std::string& config, const py::dict& t
     item.value().requires_grad_(false);
     given.erase(found);
   }
-  if (!given.empty()) throw StateMismatch("model: tensor " + given.begin()->first + " is not known");
+  if (!given.empty())
+    throw StateMismatch("model: tensor " + given.begin()->first + " is not known");
   model->eval();
   return model;
 }

@@ -3,8 +3,8 @@
 #include "fastweights/core/executor.hpp"
 #include "fastweights/core/params.hpp"
 
-// The one compiled skeleton behind `delta_rule` and `gated_delta_rule`; without a g there is no gate.
-// Nothing is checked here.
+// The one compiled skeleton behind `delta_rule` and `gated_delta_rule`; without a g there is no
+// gate. Nothing is checked here.
 
 namespace fastweights::cpu::detail {
 

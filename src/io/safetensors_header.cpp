@@ -136,15 +136,9 @@ bool HeaderReader::expect(Kind kind) {
 
 bool HeaderReader::fail(Subject subject, const std::string& what) {
   switch (subject) {
-    case Subject::kHeader:
-      failure_ = "the header " + what;
-      break;
-    case Subject::kMetadata:
-      failure_ = "__metadata__ " + what;
-      break;
-    case Subject::kTensor:
-      failure_ = "tensor " + quote(tensor().name) + ": " + what;
-      break;
+    case Subject::kHeader: failure_ = "the header " + what; break;
+    case Subject::kMetadata: failure_ = "__metadata__ " + what; break;
+    case Subject::kTensor: failure_ = "tensor " + quote(tensor().name) + ": " + what; break;
   }
   return false;
 }
@@ -157,12 +151,9 @@ bool HeaderReader::start_object(std::size_t) {
 
 bool HeaderReader::key(std::string& name) {
   switch (object_) {
-    case Subject::kHeader:
-      return start_member(name);
-    case Subject::kMetadata:
-      return start_metadata_value(name);
-    case Subject::kTensor:
-      return start_field(name);
+    case Subject::kHeader: return start_member(name);
+    case Subject::kMetadata: return start_metadata_value(name);
+    case Subject::kTensor: return start_field(name);
   }
   return false;
 }

@@ -25,8 +25,8 @@ Pointer own_node(Node* node) {
   }
 }
 
-/// Throws NotImplementedError if a tensor carries a forward-mode derivative, which the operators have
-/// no formula for; without this it would be dropped in silence.
+/// Throws NotImplementedError if a tensor carries a forward-mode derivative, which the operators
+/// have no formula for; without this it would be dropped in silence.
 template <class Tensors = std::initializer_list<at::Tensor>>
 void refuse_forward_mode(const char* name, const Tensors& inputs) {
   for (const at::Tensor& input : inputs) {

@@ -70,14 +70,10 @@ at::Tensor empty_as(const at::Tensor& tensor, std::optional<at::ScalarType> dtyp
 
 core::DType dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return core::DType::kFloat64;
-    case at::kFloat:
-      return core::DType::kFloat32;
-    case at::kHalf:
-      return core::DType::kFloat16;
-    case at::kBFloat16:
-      return core::DType::kBFloat16;
+    case at::kDouble: return core::DType::kFloat64;
+    case at::kFloat: return core::DType::kFloat32;
+    case at::kHalf: return core::DType::kFloat16;
+    case at::kBFloat16: return core::DType::kBFloat16;
     default:
       throw ShapeError(std::string("expected a floating-point tensor, got ") +
                        at::toString(tensor.scalar_type()));

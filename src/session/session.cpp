@@ -150,16 +150,11 @@ at::Tensor to_tensor(const Generator& generator) {
 
 io::ScalarType stored_type(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return io::ScalarType::F64;
-    case at::kFloat:
-      return io::ScalarType::F32;
-    case at::kHalf:
-      return io::ScalarType::F16;
-    case at::kBFloat16:
-      return io::ScalarType::BF16;
-    case at::kLong:
-      return io::ScalarType::I64;
+    case at::kDouble: return io::ScalarType::F64;
+    case at::kFloat: return io::ScalarType::F32;
+    case at::kHalf: return io::ScalarType::F16;
+    case at::kBFloat16: return io::ScalarType::BF16;
+    case at::kLong: return io::ScalarType::I64;
     default:
       throw Error(std::string("session: a state of type ") + c10::toString(tensor.scalar_type()) +
                   " cannot be saved");

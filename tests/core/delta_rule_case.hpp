@@ -26,8 +26,8 @@ struct CaseOptions {
   bool gated = true;
   bool use_qk_l2norm = false;
   bool initial_state = true;
-  double gate_scale = 0.1;   // g is −gate_scale · |normal|
-  double beta_limit = 2.0;   // β is uniform in [0, beta_limit]
+  double gate_scale = 0.1;  // g is −gate_scale · |normal|
+  double beta_limit = 2.0;  // β is uniform in [0, beta_limit]
   std::uint64_t seed = 1;
 };
 
@@ -97,8 +97,7 @@ class Rows {
     return dimension == 3 ? time_ * heads_ * stride() : heads_ * stride();
   }
   void put(std::size_t i, double value) {
-    core::HWY_NAMESPACE::store_row(&value, 1, bytes_.data() + i * core::size_of(dtype_),
-                                          dtype_);
+    core::HWY_NAMESPACE::store_row(&value, 1, bytes_.data() + i * core::size_of(dtype_), dtype_);
   }
 
   std::int64_t batch_, time_, heads_, size_;
@@ -141,7 +140,8 @@ inline double error_ratio(const Rows& rows) {
 template <class Real>
 double error_ratio(const States<Real>& states) {
   ErrorRatio ratio;
-  for (std::size_t i = 0; i < states.values.size(); ++i) ratio.add(states.values[i], states.exact[i]);
+  for (std::size_t i = 0; i < states.values.size(); ++i)
+    ratio.add(states.values[i], states.exact[i]);
   return ratio.ratio();
 }
 

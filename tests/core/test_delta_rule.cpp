@@ -97,12 +97,9 @@ void check_dtype(const CaseOptions& options) {
 TEST_CASE("the delta rules agree with the oracle at every length", "[delta_rule]") {
   const auto tokens = GENERATE(0, 1, 7, 8, 31, 33, 63, 64, 65, 200);
   const bool gated = GENERATE(false, true);
-  const auto dtype =
-      GENERATE(DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16);
-  check_dtype({.shape = {2, tokens, 1, 2, 20, 36},
-               .dtype = dtype,
-               .gated = gated,
-               .use_qk_l2norm = true});
+  const auto dtype = GENERATE(DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16);
+  check_dtype(
+      {.shape = {2, tokens, 1, 2, 20, 36}, .dtype = dtype, .gated = gated, .use_qk_l2norm = true});
 }
 
 TEST_CASE("the delta rules agree with the oracle at every head size", "[delta_rule]") {
@@ -115,9 +112,8 @@ TEST_CASE("grouped values share their key head", "[delta_rule]") {
   const auto heads = GENERATE(1, 2, 3);
   const auto group = GENERATE(1, 2, 4);
   const auto dtype = GENERATE(DType::kFloat64, DType::kBFloat16);
-  check_dtype({.shape = {2, 67, heads, heads * group, 32, 24},
-               .dtype = dtype,
-               .use_qk_l2norm = true});
+  check_dtype(
+      {.shape = {2, 67, heads, heads * group, 32, 24}, .dtype = dtype, .use_qk_l2norm = true});
 }
 
 TEST_CASE("packed sequences, some of them empty, keep to themselves", "[delta_rule]") {
@@ -131,9 +127,8 @@ TEST_CASE("packed sequences, some of them empty, keep to themselves", "[delta_ru
 
 TEST_CASE("gates from none to very strong", "[delta_rule]") {
   const auto gate_scale = GENERATE(0.0, 1e-6, 0.01, 1.0, 10.0, 50.0);
-  check_dtype({.shape = {1, 130, 1, 2, 32, 32},
-               .dtype = DType::kFloat32,
-               .gate_scale = gate_scale});
+  check_dtype(
+      {.shape = {1, 130, 1, 2, 32, 32}, .dtype = DType::kFloat32, .gate_scale = gate_scale});
 }
 
 TEST_CASE("a gate of minus infinity forgets exactly and leaves no NaN", "[delta_rule]") {

@@ -32,12 +32,9 @@ struct Tolerance {
 
 inline Tolerance tolerance(at::ScalarType type) {
   switch (type) {
-    case at::kDouble:
-      return {1e-12, 1e-12};
-    case at::kFloat:
-      return {1e-5, 1e-4};
-    default:
-      return {5e-3, 1e-2};
+    case at::kDouble: return {1e-12, 1e-12};
+    case at::kFloat: return {1e-5, 1e-4};
+    default: return {5e-3, 1e-2};
   }
 }
 

@@ -16,7 +16,8 @@
 #include "fastweights/ops/gated_delta_rule.hpp"
 
 // What the operators add to the kernels, which tests/core compares with the oracle: layouts, types,
-// autograd, the in-place form, threads, messages. The sweeps over PyTorch's machinery are in Python.
+// autograd, the in-place form, threads, messages. The sweeps over PyTorch's machinery are in
+// Python.
 
 namespace fastweights {
 namespace {

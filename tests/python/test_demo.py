@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import fastweights
 import numpy as np
 import pytest
 import torch
-from fastweights.nn import LanguageModel
 from small_models import small_model
+
+import fastweights
+from fastweights.nn import LanguageModel
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")

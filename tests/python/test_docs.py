@@ -8,8 +8,9 @@ import re
 import textwrap
 from pathlib import Path
 
-import fastweights
 import pytest
+
+import fastweights
 from fastweights.nn import LanguageModel, LanguageModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]

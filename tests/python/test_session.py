@@ -11,12 +11,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import fastweights
 import pytest
 import torch
+from small_models import VARIANTS, small_model
+
+import fastweights
 from fastweights import Session
 from fastweights.nn import LanguageModel
-from small_models import VARIANTS, small_model
 
 NOISE = bytes((i * i * 31 + i // 7) % 256 for i in range(3000))
 

@@ -121,8 +121,7 @@ void multiply_pairs(const Real* HWY_RESTRICT packed, std::int64_t keys,
 
 /// Fills decays and decayed products from the tokens' decay factors and `multiply_pairs`.
 template <class Real>
-void decay_pairs(const Real* decay, const Real (*sums)[2 * kChunk],
-                 ChunkCoefficients<Real>& out) {
+void decay_pairs(const Real* decay, const Real (*sums)[2 * kChunk], ChunkCoefficients<Real>& out) {
   Real product = 1;
   for (int i = 0; i < kChunk; ++i) out.from_start[i] = product *= decay[i];
   for (int j = 0; j < kChunk; ++j) {

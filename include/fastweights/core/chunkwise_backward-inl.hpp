@@ -79,20 +79,20 @@ struct BackwardScratch {
   AlignedBuffer<Real> d_state_transposed;  // row-major [V, K]
   AlignedBuffer<Real> k;                   // [C, K]
   AlignedBuffer<Real> q;                   // [C, K], scaled
-  AlignedBuffer<Real> features_transposed; // [K, C]
-  AlignedBuffer<Real> writes_transposed;   // [V, C]
-  AlignedBuffer<Real> d_k;                 // [C, K]
-  AlignedBuffer<Real> d_q;                 // [C, K]
-  AlignedBuffer<Real> d_o;                 // [C, V]
-  AlignedBuffer<Real> u;                   // [C, V]
-  AlignedBuffer<Real> x;                   // [C, V]: d(β e), then dv
+  AlignedBuffer<Real> features_transposed;   // [K, C]
+  AlignedBuffer<Real> writes_transposed;     // [V, C]
+  AlignedBuffer<Real> d_k;                   // [C, K]
+  AlignedBuffer<Real> d_q;                   // [C, K]
+  AlignedBuffer<Real> d_o;                   // [C, V]
+  AlignedBuffer<Real> u;                     // [C, V]
+  AlignedBuffer<Real> x;                     // [C, V]: d(β e), then dv
   AlignedBuffer<Real> key_reads_of_d_state;  // [C, V]
-  AlignedBuffer<Real> rows;                // [C, V]
-  AlignedBuffer<Real> kk;                  // [C, C] Γ (k · k), strictly lower
-  AlignedBuffer<Real> qk;                  // [C, C] Γ (q · k), lower
-  AlignedBuffer<Real> d_kk;                // [C, C]
-  AlignedBuffer<Real> d_qk;                // [C, C]
-  AlignedBuffer<Real> gamma;               // [C, C] Γ_ij, zero above the diagonal
+  AlignedBuffer<Real> rows;                  // [C, V]
+  AlignedBuffer<Real> kk;                    // [C, C] Γ (k · k), strictly lower
+  AlignedBuffer<Real> qk;                    // [C, C] Γ (q · k), lower
+  AlignedBuffer<Real> d_kk;                  // [C, C]
+  AlignedBuffer<Real> d_qk;                  // [C, C]
+  AlignedBuffer<Real> gamma;                 // [C, C] Γ_ij, zero above the diagonal
   Real beta[C];
   Real decay[C];
   Real from_start[C];
@@ -101,8 +101,9 @@ struct BackwardScratch {
   double d_to_end[C];      // gradient of log Γ_Ci
 };
 
-/// Recomputes a segment forward from `state` (panel-major, advanced to the segment's end): the states
-/// before its chunks and the errors of its tokens. With `states` null only the state is advanced.
+/// Recomputes a segment forward from `state` (panel-major, advanced to the segment's end): the
+/// states before its chunks and the errors of its tokens. With `states` null only the state is
+/// advanced.
 template <class Real>
 void recompute_segment(const DeltaRuleParams<Real>& params, const Head& head, std::int64_t begin,
                        std::int64_t count, Real* state, ForwardBlock<Real>& block, Real* states,
@@ -114,8 +115,8 @@ void recompute_segment(const DeltaRuleParams<Real>& params, const Head& head, st
   for (std::int64_t done = 0; done < count; done += kBlock) {
     const std::int64_t tokens = std::min(kBlock, count - done);
     pack_block(params, head, begin + done, tokens, block);
-    Real* block_errors = errors != nullptr ? errors + done * block.value_stride
-                                           : block.outputs.data();
+    Real* block_errors =
+        errors != nullptr ? errors + done * block.value_stride : block.outputs.data();
     for (std::int64_t panel = 0; panel < panels; ++panel) {
       Real* panel_state = state + panel * shape.K * kPanel<Real>;
       for (std::int64_t chunk = 0; chunk * kChunk < tokens; ++chunk) {
@@ -164,8 +165,7 @@ void load_chunk(const DeltaRuleParams<Real>& params, const DeltaRuleGradients<Re
       std::fill_n(d_o, s.value_stride, Real{0});
     }
     s.decay[i] = decay_of(params, head, t);
-    s.beta[i] =
-        load_scalar<Real>(params.beta.at(batch, t, head.value_head), params.beta.dtype);
+    s.beta[i] = load_scalar<Real>(params.beta.at(batch, t, head.value_head), params.beta.dtype);
     scale_row(errors + i * s.value_stride, s.beta[i], s.value_stride, u);
   }
 }
@@ -212,8 +212,8 @@ void solve_writes(BackwardScratch<Real>& s) {
   for (std::int64_t j = 0; j < C; ++j) {
     const Real* read = s.key_reads_of_d_state.data() + j * stride;
     scale_row(read, s.to_end[j], stride, s.x.data() + j * stride);
-    s.d_to_end[j] = static_cast<double>(s.to_end[j]) *
-                    dot(s.u.data() + j * stride, read, s.shape.V);
+    s.d_to_end[j] =
+        static_cast<double>(s.to_end[j]) * dot(s.u.data() + j * stride, read, s.shape.V);
   }
   multiply<Real>(C, C, s.value_panels(), {s.qk.data(), 1, s.token_stride},
                  row_major(s.d_o.data(), stride), 1, row_major(s.x.data(), stride));
@@ -257,8 +257,8 @@ void decay_pair_gradients(BackwardScratch<Real>& s, double (&d_log_decay)[kBackw
     const Real* qk = s.qk.data() + offset;
     const Real* gamma = s.gamma.data() + offset;
     for (std::int64_t j = 0; j < i; ++j) {
-      const double weight = static_cast<double>(d_qk[j]) * qk[j] -
-                            static_cast<double>(d_kk[j]) * kk[j];
+      const double weight =
+          static_cast<double>(d_qk[j]) * qk[j] - static_cast<double>(d_kk[j]) * kk[j];
       row_sum[i] += weight;
       column_sum[j] += weight;
     }
@@ -451,15 +451,15 @@ void backward_head(const DeltaRuleParams<Real>& params, const DeltaRuleGradients
   const std::int64_t segments = (length + kSegment - 1) / kSegment;
 
   // The state at the start of every segment.
-  AlignedBuffer<Real> starts(static_cast<std::size_t>(std::max<std::int64_t>(segments, 1) *
-                                                      s.state_size));
+  AlignedBuffer<Real> starts(
+      static_cast<std::size_t>(std::max<std::int64_t>(segments, 1) * s.state_size));
   load_state(params.initial_state ? params.initial_state + offset : nullptr, shape, 0,
              s.value_panels(), starts.data());
   for (std::int64_t segment = 0; segment + 1 < segments; ++segment) {
     Real* start = starts.data() + segment * s.state_size;
     std::copy_n(start, s.state_size, start + s.state_size);
-    recompute_segment<Real>(params, head, segment * kSegment, kSegment, start + s.state_size,
-                            block, nullptr, nullptr);
+    recompute_segment<Real>(params, head, segment * kSegment, kSegment, start + s.state_size, block,
+                            nullptr, nullptr);
   }
 
   load_state(grads.d_final_state ? grads.d_final_state + offset : nullptr, shape, 0,

@@ -5,9 +5,9 @@
 
 // The rules compiled once per instruction set (SSE4, AVX2, AVX-512; NEON; a scalar
 // fallback), the best one chosen
-// at run time. Link `fastweights::cpu`. Meaning and errors are those of the calls of the same name in
-// `fastweights::core`. All calls are thread-safe; results depend on the instruction set, never on the
-// executor.
+// at run time. Link `fastweights::cpu`. Meaning and errors are those of the calls of the same name
+// in `fastweights::core`. All calls are thread-safe; results depend on the instruction set, never
+// on the executor.
 
 namespace fastweights::cpu {
 

@@ -7,8 +7,9 @@
 #include "fastweights/core/params.hpp"
 #include "fastweights/core/recurrent-inl.hpp"
 
-// The delta rule on raw memory, compiled for the instruction set that the including unit is compiled
-// for. `fastweights/core/cpu.hpp` has the same calls compiled for several, chosen at run time.
+// The delta rule on raw memory, compiled for the instruction set that the including unit is
+// compiled for. `fastweights/core/cpu.hpp` has the same calls compiled for several, chosen at run
+// time.
 
 namespace fastweights::core {
 

@@ -8,7 +8,8 @@
 #include "fastweights/core/recurrent-inl.hpp"
 
 // The gated delta rule on raw memory, compiled for the instruction set that the including unit is
-// compiled for. `fastweights/core/cpu.hpp` has the same calls compiled for several, chosen at run time.
+// compiled for. `fastweights/core/cpu.hpp` has the same calls compiled for several, chosen at run
+// time.
 
 namespace fastweights::core {
 

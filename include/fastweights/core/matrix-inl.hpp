@@ -66,7 +66,8 @@ Panels<Real> panel_major(Real* data, std::int64_t rows) {
   return {data, rows * kPanel<Real>, kPanel<Real>};
 }
 
-/// The left operand of a product: element (row, column) at `data + row · row_stride + column · column_stride`.
+/// The left operand of a product: element (row, column) at `data + row · row_stride + column ·
+/// column_stride`.
 template <class Real>
 struct Strided {
   const Real* data = nullptr;

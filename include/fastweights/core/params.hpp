@@ -44,8 +44,8 @@ struct DeltaRuleParams {
   ConstView g;     // [B, T, HV] log-decay ≤ 0; null for the rule without a gate
 
   const Real* initial_state = nullptr;  // [N, HV, K, V], null for zeros
-  Real* final_state = nullptr;          // [N, HV, K, V], null if not wanted; may equal initial_state
-  View o;                               // [B, T, HV, V]
+  Real* final_state = nullptr;  // [N, HV, K, V], null if not wanted; may equal initial_state
+  View o;                       // [B, T, HV, V]
 
   /// N: the number of sequences, and so of states.
   std::int64_t sequences() const {
@@ -66,14 +66,14 @@ struct DeltaRuleParams {
 /// inputs lie in the forward call's `DeltaRuleParams`, whose `o` and `final_state` are not read.
 template <class Real>
 struct DeltaRuleGradients {
-  ConstView d_o;                          // [B, T, HV, V], null for zeros
-  const Real* d_final_state = nullptr;    // [N, HV, K, V], null for zeros
-  View d_q;                               // [B, T, H, K]
-  View d_k;                               // [B, T, H, K]
-  View d_v;                               // [B, T, HV, V]
-  View d_beta;                            // [B, T, HV]
-  View d_g;                               // [B, T, HV], null when there is no gate
-  Real* d_initial_state = nullptr;        // [N, HV, K, V], null if not wanted
+  ConstView d_o;                        // [B, T, HV, V], null for zeros
+  const Real* d_final_state = nullptr;  // [N, HV, K, V], null for zeros
+  View d_q;                             // [B, T, H, K]
+  View d_k;                             // [B, T, H, K]
+  View d_v;                             // [B, T, HV, V]
+  View d_beta;                          // [B, T, HV]
+  View d_g;                             // [B, T, HV], null when there is no gate
+  Real* d_initial_state = nullptr;      // [N, HV, K, V], null if not wanted
 };
 
 }  // namespace fastweights::core

@@ -7,9 +7,9 @@
 
 #include "fastweights/core/params.hpp"
 
-// The oracle: the delta rules as they are written down, token by token in fp64, forward and backward.
-// Everything else in the library is tested against this or against its twin in Python. All views are
-// fp64. Nothing here is fast, and nothing is shared with the kernels.
+// The oracle: the delta rules as they are written down, token by token in fp64, forward and
+// backward. Everything else in the library is tested against this or against its twin in Python.
+// All views are fp64. Nothing here is fast, and nothing is shared with the kernels.
 
 namespace fastweights::core::reference {
 
@@ -109,8 +109,7 @@ inline void backward_token(const DeltaRuleParams<double>& p, const DeltaRuleGrad
   const RowVector d_error = x.beta * d_write;
   RowVector d_q = p.scale * (after * d_o);
   RowVector d_k = x.beta * (d_state * e) - x.decay * (before * d_error);
-  const double d_decay =
-      (d_state.array() * before.array()).sum() - x.k.dot(before * d_error);
+  const double d_decay = (d_state.array() * before.array()).sum() - x.k.dot(before * d_error);
   if (p.use_qk_l2norm) {
     d_q = normalisation_gradient(row(p.q, b, t, h, p.shape.K), d_q);
     d_k = normalisation_gradient(row(p.k, b, t, h, p.shape.K), d_k);
@@ -125,7 +124,8 @@ inline void backward_token(const DeltaRuleParams<double>& p, const DeltaRuleGrad
 
 }  // namespace detail
 
-/// Gradients of `forward`. d_q and d_k are added to, since value heads share them; clear them first.
+/// Gradients of `forward`. d_q and d_k are added to, since value heads share them; clear them
+/// first.
 inline void backward(const DeltaRuleParams<double>& p, const DeltaRuleGradients<double>& d) {
   for (std::int64_t n = 0; n < p.sequences(); ++n) {
     const Sequence sequence = p.sequence(n);

@@ -7,8 +7,8 @@
 
 namespace fastweights::core {
 
-/// A read-only tensor of rows, `[batch, time, head, size]` or, for scalars per head, `[batch, time, head]`.
-/// Strides count elements; the elements of a row are adjacent.
+/// A read-only tensor of rows, `[batch, time, head, size]` or, for scalars per head, `[batch, time,
+/// head]`. Strides count elements; the elements of a row are adjacent.
 struct ConstView {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -20,8 +20,7 @@ struct ConstView {
 
   const void* at(std::int64_t batch, std::int64_t time, std::int64_t head) const {
     const auto offset = batch * batch_stride + time * time_stride + head * head_stride;
-    return static_cast<const std::byte*>(data) +
-           offset * static_cast<std::int64_t>(size_of(dtype));
+    return static_cast<const std::byte*>(data) + offset * static_cast<std::int64_t>(size_of(dtype));
   }
 };
 

@@ -8,8 +8,9 @@
 
 namespace fastweights {
 
-/// The delta rule: S ← S + β k (v − Sᵀk)ᵀ, o = scale · Sᵀq (Schlag et al. 2021, "Linear Transformers
-/// Are Secretly Fast Weight Programmers"; in chunks after Yang et al. 2024, arXiv 2406.06484).
+/// The delta rule: S ← S + β k (v − Sᵀk)ᵀ, o = scale · Sᵀq (Schlag et al. 2021, "Linear
+/// Transformers Are Secretly Fast Weight Programmers"; in chunks after Yang et al. 2024, arXiv
+/// 2406.06484).
 ///
 /// \param q, k     [B, T, H, K]; bf16, fp16, fp32 or fp64; K and V from 1 to 256
 /// \param v        [B, T, HV, V], the type of q; HV a multiple of H, value head j reads key head

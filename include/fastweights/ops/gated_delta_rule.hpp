@@ -8,8 +8,8 @@
 
 namespace fastweights {
 
-/// The gated delta rule: S ← exp(g) S, then S ← S + β k (v − Sᵀk)ᵀ; o = scale · Sᵀq (Yang et al. 2025,
-/// "Gated Delta Networks", arXiv 2412.06464).
+/// The gated delta rule: S ← exp(g) S, then S ← S + β k (v − Sᵀk)ᵀ; o = scale · Sᵀq (Yang et al.
+/// 2025, "Gated Delta Networks", arXiv 2412.06464).
 ///
 /// \param q, k     [B, T, H, K]; bf16, fp16, fp32 or fp64; K and V from 1 to 256
 /// \param v        [B, T, HV, V], the type of q; HV a multiple of H, value head j reads key head
@@ -18,7 +18,8 @@ namespace fastweights {
 ///                 exactly
 /// \param beta     [B, T, HV], the type of q or fp32; may reach 2
 /// \param options  see RuleOptions
-/// \return o and, if asked for, the final state. Differentiable in q, k, v, g, beta and initial_state.
+/// \return o and, if asked for, the final state. Differentiable in q, k, v, g, beta and
+/// initial_state.
 /// \throws ShapeError naming the tensor, what was expected and what came
 RuleResult gated_delta_rule(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const at::Tensor& g, const at::Tensor& beta,

@@ -8,11 +8,12 @@ namespace fastweights {
 
 /// What every rule takes beside its tensors.
 struct RuleOptions {
-  std::optional<double> scale;              ///< of the output; 1 / sqrt(K) unless given
-  std::optional<at::Tensor> initial_state;  ///< [B, HV, K, V], packed [N, HV, K, V]; zeros unless given
-  bool output_final_state = false;          ///< whether `RuleResult::final_state` is filled
-  std::optional<at::Tensor> cu_seqlens;     ///< packed input: int64 [N + 1], with B = 1
-  bool use_qk_l2norm = false;               ///< q and k become x · rsqrt(Σx² + 1e-6)
+  std::optional<double> scale;  ///< of the output; 1 / sqrt(K) unless given
+  std::optional<at::Tensor>
+      initial_state;                ///< [B, HV, K, V], packed [N, HV, K, V]; zeros unless given
+  bool output_final_state = false;  ///< whether `RuleResult::final_state` is filled
+  std::optional<at::Tensor> cu_seqlens;  ///< packed input: int64 [N + 1], with B = 1
+  bool use_qk_l2norm = false;            ///< q and k become x · rsqrt(Σx² + 1e-6)
 };
 
 /// What every rule returns; `auto [o, final_state] = …` works.
