@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -81,6 +82,7 @@ class Inputs:
 
 
 Rule = Callable[[Inputs], torch.Tensor]
+Row = dict[str, Any]
 
 
 def ours(x: Inputs) -> torch.Tensor:
@@ -94,9 +96,10 @@ def load_transformers() -> Rule:
         sys.exit(f"transformers is needed as the peer: pip install transformers ({error})")
 
     def transformers_rule(x: Inputs) -> torch.Tensor:
-        return torch_chunk_gated_delta_rule(
+        o: torch.Tensor = torch_chunk_gated_delta_rule(
             x.q, x.k, x.v, g=x.g, beta=x.beta, use_qk_l2norm_in_kernel=True
         )[0]
+        return o
 
     return transformers_rule
 
@@ -112,7 +115,7 @@ def seconds(rule: Rule, inputs: Inputs, backward: bool) -> float:
     return time.perf_counter() - start
 
 
-def measure(shape: Shape, threads: int, backward: bool, samples: int, peer: Rule) -> dict:
+def measure(shape: Shape, threads: int, backward: bool, samples: int, peer: Rule) -> Row:
     torch.set_num_threads(threads)
     inputs = Inputs.random(shape, backward)
     for rule in (ours, peer):  # warm up
@@ -121,7 +124,7 @@ def measure(shape: Shape, threads: int, backward: bool, samples: int, peer: Rule
         (seconds(ours, inputs, backward), seconds(peer, inputs, backward)) for _ in range(samples)
     ]
     median = statistics.median(mine for mine, _ in pairs)
-    row = {
+    row: Row = {
         "shape": vars(shape),
         "threads": threads,
         "pass": "forward+backward" if backward else "forward",
@@ -134,7 +137,7 @@ def measure(shape: Shape, threads: int, backward: bool, samples: int, peer: Rule
     return row
 
 
-def print_table(rows: list[dict]) -> None:
+def print_table(rows: list[Row]) -> None:
     print(f"{'shape':28}{'pass':18}{'threads':>8}{'ms':>10}{'peer ms':>10}{'ratio':>8}")
     for row in rows:
         mine = statistics.median(row["seconds"]) * 1e3
@@ -145,7 +148,7 @@ def print_table(rows: list[dict]) -> None:
         )
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
