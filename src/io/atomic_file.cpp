@@ -53,7 +53,7 @@ FileDescriptor open_folder(const std::filesystem::path& target) {
 /// Renaming over a device would replace it, and over a folder would fail after all was written.
 void check_replaceable(const std::filesystem::path& target, int folder) {
   if (!target.has_filename()) fail(target, "the path names no file");
-  struct stat status{};
+  struct stat status = {};
   if (::fstatat(folder, target.filename().c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0) {
     if (errno != ENOENT) fail(target, errno);
     return;

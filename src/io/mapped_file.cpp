@@ -30,7 +30,7 @@ detail::FileDescriptor open_to_read(const std::filesystem::path& path) {
 }
 
 std::size_t checked_size(const std::filesystem::path& path, int descriptor) {
-  struct stat status{};
+  struct stat status = {};
   if (::fstat(descriptor, &status) != 0) fail(path, errno);
   if (S_ISDIR(status.st_mode)) fail(path, EISDIR);
   if (!S_ISREG(status.st_mode)) {

@@ -1,5 +1,6 @@
-# cmake -D SOURCE=<project> -D BUILD=<folder> [-D BUILD_PROGRAM=OFF] -D "ARGUMENTS=-DX=Y|..." -P:
-# configures a consumer project from nothing, builds it, and runs its program.
+# cmake -D SOURCE=<project> -D BUILD=<folder> -D PROGRAM=<name> [-D "RUN=arguments"] -D "ARGUMENTS=-DX=Y|..." -P:
+# configures a consumer project from nothing, builds it, and runs its program. Without a PROGRAM it only
+# configures.
 function(run)
   execute_process(COMMAND ${ARGV} RESULT_VARIABLE result)
   if(result)
@@ -11,7 +12,7 @@ endfunction()
 string(REPLACE "|" ";" arguments "${ARGUMENTS}")
 file(REMOVE_RECURSE "${BUILD}")
 run("${CMAKE_COMMAND}" -S "${SOURCE}" -B "${BUILD}" ${arguments})
-if(NOT CONFIGURE_ONLY)
-  run("${CMAKE_COMMAND}" --build "${BUILD}" --target consumer)
-  run("${BUILD}/consumer")
+if(PROGRAM)
+  run("${CMAKE_COMMAND}" --build "${BUILD}" --target ${PROGRAM})
+  run("${BUILD}/${PROGRAM}" ${RUN})
 endif()
