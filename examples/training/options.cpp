@@ -133,7 +133,9 @@ Options parse_options(int argc, char** argv) {
   std::filesystem::path config;
   std::vector<std::string> settings;
   add_data_options(app, options);
-  app.add_option("--config", config, "config.json of the model; without it the defaults");
+  app.add_option("--from", options.from, "Model folder whose weights training starts from");
+  app.add_option("--config", config,
+                 "config.json of the model; without it that of --from, or the defaults");
   app.add_option("--set", settings, "key=value of the model's config, e.g. --set width=64");
   add_batch_options(app, options);
   add_optimizer_options(app, options);
@@ -154,6 +156,7 @@ Options parse_options(int argc, char** argv) {
   if (options.resume && options.overwrite) {
     throw fastweights::Error("--resume and --overwrite exclude each other");
   }
+  if (config.empty() && !options.from.empty()) config = options.from / "config.json";
   options.model = read_config(config, settings);
   options.command = joined(argc, argv);
   return options;
@@ -161,6 +164,7 @@ Options parse_options(int argc, char** argv) {
 
 std::string recipe(const Options& options, const std::string& texts_digest) {
   const json values = {{"model", json::parse(options.model.to_json())},
+                       {"from", options.from.string()},
                        {"texts", texts_digest},
                        {"batch", options.batch},
                        {"segment", options.segment},

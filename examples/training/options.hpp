@@ -16,7 +16,8 @@ struct Options {
   std::vector<std::filesystem::path> texts;
   std::vector<std::filesystem::path> held_out;
   std::filesystem::path output;
-  std::string command;  ///< as it was given, for the log
+  std::filesystem::path from;  ///< model folder whose weights training starts from; empty: none
+  std::string command;         ///< as it was given, for the log
   bool resume = false;
   bool overwrite = false;
 

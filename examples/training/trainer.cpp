@@ -31,7 +31,9 @@ constexpr double kSmoothing = 0.95;
 
 nn::LanguageModel make_model(const Options& options) {
   torch::manual_seed(options.seed);
-  return nn::LanguageModel(options.model);
+  nn::LanguageModel model(options.model);
+  if (!options.from.empty()) fastweights::load_weights(options.from, *model);
+  return model;
 }
 
 AdamW::NamedTensors parameters_of(nn::LanguageModelImpl& model) {
