@@ -5,9 +5,9 @@
 #include "fastweights/core/rule.hpp"
 
 // The rules compiled once per instruction set (SSE4, AVX2, AVX-512; NEON; a scalar fallback), the
-// best one chosen at run time. Link `fastweights::cpu`. Meaning and errors are those of the calls of the same name
-// in `fastweights::core`. All calls are thread-safe; results depend on the instruction set, never
-// on the executor.
+// best one chosen at run time. Link `fastweights::cpu`. Meaning and errors are those of the calls
+// of the same name in `fastweights::core`. All calls are thread-safe; results depend on the
+// instruction set, never on the executor.
 
 namespace fastweights::cpu {
 
@@ -35,7 +35,8 @@ void gated_delta_rule_backward(const DeltaRuleParams<double>& params,
                                const DeltaRuleGradients<double>& gradients,
                                const Executor& executor);
 
-/// The forms of the other rules, for Real float and double; the rules' own headers say what they are.
+/// The forms of the other rules, for Real float and double; the rules' own headers say what they
+/// are.
 template <class Real>
 const core::RuleForms<Real>& linear_attention_forms();
 template <class Real>
