@@ -11,8 +11,14 @@ errors of `fastweights.errors`; called as ``torch.ops``, PyTorch makes each a Ru
 
 from ._delta_rule import delta_rule, delta_rule_recurrent_
 from ._fast_weight_memory import fast_weight_memory
+from ._gated_delta_product import gated_delta_product, gated_delta_product_recurrent_
 from ._gated_delta_rule import gated_delta_rule, gated_delta_rule_recurrent_
+from ._generalized_delta_rule import generalized_delta_rule, generalized_delta_rule_recurrent_
+from ._kda import kda, kda_recurrent_
+from ._linear_attention import linear_attention, linear_attention_recurrent_
+from ._momentum_delta_rule import momentum_delta_rule, momentum_delta_rule_recurrent_
 from ._normalization import gated_rms_norm, rms_norm, swiglu
+from ._rwkv7 import rwkv7, rwkv7_recurrent_
 from ._short_convolution import short_convolution
 from ._sliding_window_attention import sliding_window_attention
 
@@ -20,10 +26,22 @@ __all__ = [
     "delta_rule",
     "delta_rule_recurrent_",
     "fast_weight_memory",
+    "gated_delta_product",
+    "gated_delta_product_recurrent_",
     "gated_delta_rule",
     "gated_delta_rule_recurrent_",
     "gated_rms_norm",
+    "generalized_delta_rule",
+    "generalized_delta_rule_recurrent_",
+    "kda",
+    "kda_recurrent_",
+    "linear_attention",
+    "linear_attention_recurrent_",
+    "momentum_delta_rule",
+    "momentum_delta_rule_recurrent_",
     "rms_norm",
+    "rwkv7",
+    "rwkv7_recurrent_",
     "short_convolution",
     "sliding_window_attention",
     "swiglu",
