@@ -47,7 +47,7 @@ def make(family: FamilyCase) -> Tensors:
     base = make_inputs(case)
     generator = torch.Generator().manual_seed(1)
     rows, tokens, heads, keys = base.q.shape
-    value_heads, values = base.v.shape[2:]
+    value_heads = base.v.shape[2]
     gates = (rows, tokens, value_heads)
 
     def uniform(*size: int) -> Tensor:
