@@ -197,16 +197,20 @@ void Trainer::train_step() {
 
 double Trainer::backward(const Segment& segment) {
   std::vector<double> nats(options_.threads);
+  // Drawn here, not by the workers: which of them came first would decide who got which numbers.
+  const at::Tensor memory_keep = model_->draw_memory_keep(options_.batch);
   run_workers(options_.threads, [&](int worker) {
     for (int64_t turn = 0; turn < options_.accumulation; ++turn) {
-      nats[worker] += backward_part(worker, worker * options_.accumulation + turn, segment);
+      const int64_t index = worker * options_.accumulation + turn;
+      nats[worker] += backward_part(worker, index, segment, memory_keep);
     }
   });
   replicas_.sum_gradients();
   return std::accumulate(nats.begin(), nats.end(), 0.0);
 }
 
-double Trainer::backward_part(int worker, int64_t index, const Segment& segment) {
+double Trainer::backward_part(int worker, int64_t index, const Segment& segment,
+                              const at::Tensor& memory_keep) {
   const auto [begin, end] = part(options_.batch, parts(), index);
   const auto rows = [begin = begin, end = end](const at::Tensor& tensor) {
     return tensor.slice(0, begin, end);
@@ -215,7 +219,9 @@ double Trainer::backward_part(int worker, int64_t index, const Segment& segment)
   nn::LanguageModelOutput result;
   {
     const Autocast autocast(options_.bf16);
-    result = replicas_[worker].forward(rows(segment.inputs), state);
+    nn::ForwardOptions options;
+    if (memory_keep.defined()) options.memory_keep = rows(memory_keep);
+    result = replicas_[worker].forward(rows(segment.inputs), state, options);
   }
   const at::Tensor loss =
       at::cross_entropy_loss(result.logits.flatten(0, 1).to(at::kFloat),

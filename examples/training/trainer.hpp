@@ -28,8 +28,7 @@ enum class Outcome { kFinished, kInterrupted };
 /// every row, the position in the data and both random generators; it is replaced atomically. A run
 /// that is resumed from it takes the same steps as one that was never interrupted, bit for bit on
 /// one machine with one thread setting. Alike, but not equal, are the steps with `--seconds`, where
-/// the learning rate follows the clock, and with memory dropout and several workers, which draw
-/// from one generator in no fixed order.
+/// the learning rate follows the clock.
 class Trainer {
  public:
   /// Reads texts and, where asked for, the checkpoint. Throws `fastweights::Error`.
@@ -52,7 +51,8 @@ class Trainer {
   void resume();
   void train_step();
   double backward(const Segment& segment);
-  double backward_part(int worker, int64_t index, const Segment& segment);
+  double backward_part(int worker, int64_t index, const Segment& segment,
+                       const at::Tensor& memory_keep);
   int64_t parts() const { return options_.threads * options_.accumulation; }
   void record(double learning_rate, double norm);
   void show(double learning_rate);

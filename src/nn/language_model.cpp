@@ -3,6 +3,9 @@
 #include <ATen/ATen.h>
 #include <torch/nn/modules/container/modulelist.h>
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
 #include <sstream>
 
 #include "fastweights/core/error.hpp"
@@ -147,7 +150,15 @@ LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& tokens,
                                                const ForwardOptions& options) const {
   check_tokens(tokens);
   check_state(config_, tokens.size(0), state);
-  const BlockImpl::Options block_options{options.in_place, draw_memory_keep(tokens.size(0))};
+  if (options.memory_keep.defined() &&
+      options.memory_keep.sizes() != at::IntArrayRef({tokens.size(0), 1, 1})) {
+    throw ShapeError(
+        fmt::format("language_model: memory_keep must be [B, 1, 1] = [{}, 1, 1], got [{}]",
+                    tokens.size(0), fmt::join(options.memory_keep.sizes(), ", ")));
+  }
+  const BlockImpl::Options block_options{options.in_place, options.memory_keep.defined()
+                                                               ? options.memory_keep
+                                                               : draw_memory_keep(tokens.size(0))};
   auto x = embedding.ptr()->forward(tokens);
   LanguageModelState next;
   next.blocks.reserve(blocks.size());

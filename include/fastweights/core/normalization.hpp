@@ -46,6 +46,7 @@ struct SwigluParams {
   Array y;          // [count]
 };
 
+/// Gradients of SwiGLU.
 struct SwigluGradients {
   ConstArray d_y;  // [count]
   Array d_gate;    // [count]

@@ -17,6 +17,7 @@
 
 namespace fastweights::io {
 
+/// The element types that a file may hold, by their names in it.
 enum class ScalarType { F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL };
 
 /// Bytes of one element.

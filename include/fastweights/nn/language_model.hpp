@@ -15,13 +15,17 @@
 
 namespace fastweights::nn {
 
+/// What a call of LanguageModel may ask for.
 struct ForwardOptions {
   bool in_place = false;  ///< inference only: the state given is overwritten where it can be
   bool logits = true;     ///< false: only the state is wanted
   bool last_logits_only =
       false;  ///< logits [B, 1, vocabulary] of the last token ([B, 0, ...] if T = 0)
+  at::Tensor memory_keep = {};  ///< [B, 1, 1], 0 where the row's memories are left out; undefined:
+                                ///< drawn in training as `memory_dropout` says, else all are there
 };
 
+/// What a call of LanguageModel returns.
 struct LanguageModelOutput {
   at::Tensor logits;  ///< [B, T, vocabulary], at least fp32; undefined if not wanted
   LanguageModelState state;
@@ -66,6 +70,10 @@ class LanguageModelImpl : public torch::nn::Cloneable<LanguageModelImpl> {
   /// Bytes of a state for `batch` rows; does not depend on how much was read.
   int64_t state_bytes(int64_t batch = 1) const;
 
+  /// [B, 1, 1] of zeros and ones from PyTorch's generator: which rows keep their memories in a step
+  /// of training; undefined where all do.
+  at::Tensor draw_memory_keep(int64_t batch) const;
+
   torch::nn::Embedding embedding{nullptr};
   std::vector<Block> blocks;
   RMSNorm norm{nullptr};
@@ -73,7 +81,6 @@ class LanguageModelImpl : public torch::nn::Cloneable<LanguageModelImpl> {
 
  private:
   void collect_blocks();
-  at::Tensor draw_memory_keep(int64_t batch) const;
   at::Tensor to_logits(const at::Tensor& x) const;
 
   LanguageModelConfig config_;

@@ -42,6 +42,7 @@ TORCH_MODULE(SwiGLU);
 /// projections is `fastweights::sliding_window_attention`.
 class SlidingWindowAttentionImpl : public torch::nn::Cloneable<SlidingWindowAttentionImpl> {
  public:
+  /// What a call returns.
   struct Output {
     at::Tensor o;  ///< [B, T, width]
     AttentionState state;
@@ -75,6 +76,7 @@ TORCH_MODULE(SlidingWindowAttention);
 /// and `dt_bias`.
 class FastWeightMemoryImpl : public torch::nn::Cloneable<FastWeightMemoryImpl> {
  public:
+  /// What a call returns.
   struct Output {
     at::Tensor o;  ///< [B, T, width]
     MemoryState state;
@@ -106,10 +108,12 @@ TORCH_MODULE(FastWeightMemory);
 /// `x ← x + feed_forward(feed_forward_norm(x))`.
 class BlockImpl : public torch::nn::Cloneable<BlockImpl> {
  public:
+  /// What a call returns.
   struct Output {
     at::Tensor x;  ///< [B, T, width]
     BlockState state;
   };
+  /// What a call may ask for.
   struct Options {
     bool in_place = false;
     at::Tensor memory_keep =

@@ -23,6 +23,7 @@ struct AttentionState {
   at::Tensor value;  ///< [B, window, heads, D]
 };
 
+/// The state of a Block: that of its memory and that of its attention.
 struct BlockState {
   MemoryState memory;
   AttentionState attention;

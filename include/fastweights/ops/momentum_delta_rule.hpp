@@ -23,6 +23,7 @@ struct MomentumRuleOptions {
   bool use_qk_l2norm = false;            ///< q and k (not a given p) become x · rsqrt(Σx² + 1e-6)
 };
 
+/// What the rule returns; `auto [o, state] = …` works.
 struct MomentumRuleResult {
   at::Tensor o;                              ///< [B, T, HV, V], v's dtype
   std::optional<MomentumState> final_state;  ///< unless not asked for

@@ -60,6 +60,7 @@ class LanguageModel(nn.Module):
         in_place: bool = False,
         logits: bool = True,
         last_logits_only: bool = False,
+        memory_keep: Tensor | None = None,
     ) -> LanguageModelOutput:
         """Reads T ≥ 0 tokens of each row.
 
@@ -72,6 +73,8 @@ class LanguageModel(nn.Module):
             in_place: inference only: the state given is overwritten where it can be.
             logits: False if only the state is wanted.
             last_logits_only: logits of the last token only, [B, 1, vocabulary].
+            memory_keep: [B, 1, 1], 0 where the row's memories are left out. Without it they are
+                drawn in training as `memory_dropout` says; else all are there.
 
         Raises:
             ShapeError: tokens of a wrong shape or type.
@@ -82,11 +85,17 @@ class LanguageModel(nn.Module):
             state = self.initial_state(tokens.shape[0])
         elif not torch.compiler.is_compiling():
             self._check_state(state, tokens.shape[0])
-        keep = self._draw_memory_keep(tokens.shape[0])
+        if memory_keep is None:
+            memory_keep = self.draw_memory_keep(tokens.shape[0])
+        elif memory_keep.shape != (tokens.shape[0], 1, 1):
+            raise ShapeError(
+                f"language_model: memory_keep must be [B, 1, 1] = [{tokens.shape[0]}, 1, 1], got "
+                f"{list(memory_keep.shape)}"
+            )
         x = self.embedding(tokens)
         blocks = []
         for block, before in zip(self._blocks(), state.blocks, strict=True):
-            x, after = block(x, before, state.position, in_place, keep)
+            x, after = block(x, before, state.position, in_place, memory_keep)
             blocks.append(after)
         seen = tokens.shape[1]
         position = state.position.add_(seen) if in_place else state.position + seen
@@ -141,7 +150,11 @@ class LanguageModel(nn.Module):
             logits = nn.functional.linear(x, self.embedding.weight)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def _draw_memory_keep(self, batch: int) -> Tensor | None:
+    def draw_memory_keep(self, batch: int) -> Tensor | None:
+        """Which rows keep their memories in a step of training: [B, 1, 1] of zeros and ones.
+
+        None where all do.
+        """
         if not self.training or self.config.memory_dropout == 0.0:
             return None
         keep = self.norm.weight.new_full((batch, 1, 1), 1.0 - self.config.memory_dropout)
