@@ -85,8 +85,7 @@ def test_generalized_delta_rule() -> None:
 
 def test_momentum_delta_rule() -> None:
     x = make(FamilyCase("momentum_delta_rule", CASE))
-    # Their momentum has the opposite sign, their μ and per-channel η other forms.
-    eta = x["eta"][..., None].expand(-1, -1, -1, x["k"].shape[-1])
+    # Their momentum has the opposite sign, and they take the logarithm of μ.
     witness: Any = naive("momentum_delta_rule").recurrent_momentum_delta_rule_ref
     o, pair = witness(
         x["q"],
@@ -96,7 +95,7 @@ def test_momentum_delta_rule() -> None:
         x["mu"].log(),
         x["p"],
         x["beta"],
-        eta,
+        x["eta"],
         initial_S=x["initial_state"],
         initial_M=-x["initial_momentum"],
         output_final_state=True,

@@ -247,8 +247,7 @@ void differentiate_pairs(BackwardScratch<Real>& s) {
 template <class Real>
 void decay_pair_gradients(BackwardScratch<Real>& s, double (&d_log_decay)[kBackwardChunk]) {
   constexpr std::int64_t C = kBackwardChunk;
-  double row_sum[C] = {};
-  double column_sum[C] = {};
+  double weight[C][C];
   for (std::int64_t i = 0; i < C; ++i) {
     const std::int64_t offset = i * s.token_stride;
     Real* d_kk = s.d_kk.data() + offset;
@@ -257,21 +256,20 @@ void decay_pair_gradients(BackwardScratch<Real>& s, double (&d_log_decay)[kBackw
     const Real* qk = s.qk.data() + offset;
     const Real* gamma = s.gamma.data() + offset;
     for (std::int64_t j = 0; j < i; ++j) {
-      const double weight =
-          static_cast<double>(d_qk[j]) * qk[j] - static_cast<double>(d_kk[j]) * kk[j];
-      row_sum[i] += weight;
-      column_sum[j] += weight;
+      weight[i][j] = static_cast<double>(d_qk[j]) * qk[j] - static_cast<double>(d_kk[j]) * kk[j];
     }
     for (std::int64_t j = 0; j < s.token_stride; ++j) {
       d_qk[j] = j <= i ? d_qk[j] * gamma[j] : Real{0};
       d_kk[j] = j < i ? -d_kk[j] * gamma[j] : Real{0};
     }
   }
-  // log Γ_ij is the sum of g over (j, i]: token t takes every pair with j < t ≤ i.
-  double open = 0;
+  // log Γ_ij is the sum of g over (j, i]: token t takes every pair with j < t ≤ i. Nothing is
+  // subtracted, lest pairs that do not span a strong gate drown those that do.
+  double until_later[C] = {};  // for each j: Σ of weight_ij over i ≥ t
   for (std::int64_t t = C - 1; t >= 0; --t) {
-    open += row_sum[t] - column_sum[t];
-    d_log_decay[t] = open;
+    double sum = 0;
+    for (std::int64_t j = 0; j < t; ++j) sum += until_later[j] += weight[t][j];
+    d_log_decay[t] = sum;
   }
 }
 
