@@ -111,4 +111,5 @@ def _steps(
 
 def _last_steps(o: Tensor, writes: int) -> Tensor:
     """The rows of each token's last step."""
-    return o.unflatten(1, (o.shape[1] // writes, writes)).select(2, writes - 1)
+    batch, steps = o.shape[:2]
+    return o.reshape(batch, steps // writes, writes, *o.shape[2:])[:, :, -1]
