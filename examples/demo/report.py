@@ -97,8 +97,8 @@ def _fairness(figures: Figures) -> str:
     dropout = figures["model"]["memory_dropout"]
     if dropout > 0:
         return (
-            f'"Attention window only" is fair: in training, {dropout:.0%} of the rows went without '
-            "their memories."
+            f'"Attention window only" is an ablation, though in training {dropout:.0%} of the rows '
+            "went without their memories: an equal model trained without any would do better."
         )
     return (
         '"Attention window only" is an ablation: this model was never trained without its '
