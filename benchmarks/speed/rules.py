@@ -260,17 +260,17 @@ def plot(rows: list[Row], path: Path) -> None:
     threads = sorted({r["threads"] for r in rows})
     for count in threads:
         mine = [r for r in gated if r["threads"] == count]
-        lengths = sorted((r for r in mine if r["shape"]["heads"] == 16), key=_tokens)
+        by_length = sorted((r for r in mine if r["shape"]["heads"] == 16), key=_tokens)
         by_tokens.plot(
-            [_tokens(r) for r in lengths],
-            [r["seconds_median"] * 1e3 for r in lengths],
+            [_tokens(r) for r in by_length],
+            [r["seconds_median"] * 1e3 for r in by_length],
             "o-",
             label=f"fastweights, {count} thread{'s' * (count > 1)}",
         )
-        for name in sorted({name for r in lengths for name in r["peers"]}):
+        for name in sorted({name for r in by_length for name in r["peers"]}):
             by_tokens.plot(
-                [_tokens(r) for r in lengths],
-                [statistics.median(r["peers"][name]["seconds"]) * 1e3 for r in lengths],
+                [_tokens(r) for r in by_length],
+                [statistics.median(r["peers"][name]["seconds"]) * 1e3 for r in by_length],
                 "s--",
                 label=f"{name}, {count}",
             )
@@ -282,6 +282,10 @@ def plot(rows: list[Row], path: Path) -> None:
             label=f"{count} thread{'s' * (count > 1)}",
         )
     by_tokens.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms, forward, H 16, K=V 128")
+    lengths = sorted({_tokens(r) for r in gated if r["shape"]["heads"] == 16})
+    by_tokens.set_xticks(lengths, [str(length) for length in lengths])
+    by_tokens.minorticks_off()
+    by_rule.margins(x=0.12)
     by_heads.set(xlabel="heads", ylabel="GFLOP/s (6KV), T 4096", ylim=(0, None))
     others = [r for r in rows if r["kind"] == "forward" and _tokens(r) == 1024]
     others = [r for r in others if r["shape"]["size"] == 128 and r["dtype"] == "float32"]
