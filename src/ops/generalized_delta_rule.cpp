@@ -29,7 +29,8 @@ const detail::RuleSpec& spec() {
 RuleResult generalized_delta_rule(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                   const at::Tensor& a, const at::Tensor& b, const at::Tensor& g,
                                   const RuleOptions& options) {
-  return detail::call_rule(spec(), {q, k, v, a, b, g}, options);
+  static const auto op = detail::operator_of(spec());
+  return detail::call_rule(op, spec(), {q, k, v, a, b, g}, options);
 }
 
 at::Tensor generalized_delta_rule_recurrent_(const at::Tensor& q, const at::Tensor& k,
@@ -37,7 +38,8 @@ at::Tensor generalized_delta_rule_recurrent_(const at::Tensor& q, const at::Tens
                                              const at::Tensor& b, const at::Tensor& g,
                                              at::Tensor& state, std::optional<double> scale,
                                              bool use_qk_l2norm) {
-  return detail::call_rule_recurrent(spec(), {q, k, v, a, b, g}, {state}, scale, use_qk_l2norm);
+  static const auto op = detail::recurrent_operator_of(spec());
+  return detail::call_rule_recurrent(op, {q, k, v, a, b, g}, {state}, scale, use_qk_l2norm);
 }
 
 }  // namespace fastweights

@@ -27,13 +27,15 @@ const detail::RuleSpec& spec() {
 
 RuleResult kda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
                const at::Tensor& beta, const RuleOptions& options) {
-  return detail::call_rule(spec(), {q, k, v, g, beta}, options);
+  static const auto op = detail::operator_of(spec());
+  return detail::call_rule(op, spec(), {q, k, v, g, beta}, options);
 }
 
 at::Tensor kda_recurrent_(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                           const at::Tensor& g, const at::Tensor& beta, at::Tensor& state,
                           std::optional<double> scale, bool use_qk_l2norm) {
-  return detail::call_rule_recurrent(spec(), {q, k, v, g, beta}, {state}, scale, use_qk_l2norm);
+  static const auto op = detail::recurrent_operator_of(spec());
+  return detail::call_rule_recurrent(op, {q, k, v, g, beta}, {state}, scale, use_qk_l2norm);
 }
 
 }  // namespace fastweights

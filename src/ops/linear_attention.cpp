@@ -26,14 +26,16 @@ const detail::RuleSpec& spec() {
 
 RuleResult linear_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const std::optional<at::Tensor>& g, const RuleOptions& options) {
-  return detail::call_rule(spec(), {q, k, v, g}, options);
+  static const auto op = detail::operator_of(spec());
+  return detail::call_rule(op, spec(), {q, k, v, g}, options);
 }
 
 at::Tensor linear_attention_recurrent_(const at::Tensor& q, const at::Tensor& k,
                                        const at::Tensor& v, const std::optional<at::Tensor>& g,
                                        at::Tensor& state, std::optional<double> scale,
                                        bool use_qk_l2norm) {
-  return detail::call_rule_recurrent(spec(), {q, k, v, g}, {state}, scale, use_qk_l2norm);
+  static const auto op = detail::recurrent_operator_of(spec());
+  return detail::call_rule_recurrent(op, {q, k, v, g}, {state}, scale, use_qk_l2norm);
 }
 
 }  // namespace fastweights

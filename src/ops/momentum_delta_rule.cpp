@@ -37,8 +37,9 @@ detail::States pair_of(const std::optional<MomentumState>& state) {
 MomentumRuleResult momentum_delta_rule(const Tensor& q, const Tensor& k, const Tensor& v,
                                        const Tensor& g, const Tensor& beta, const Tensor& mu,
                                        const Tensor& eta, const MomentumRuleOptions& options) {
+  static const auto op = detail::operator_of(spec());
   const auto outputs = detail::call_rule(
-      spec(), {q, k, v, g, beta, mu, eta, options.p},
+      op, spec(), {q, k, v, g, beta, mu, eta, options.p},
       detail::RuleArguments{options.scale, pair_of(options.initial_state),
                             options.output_final_state, options.cu_seqlens, options.use_qk_l2norm});
   if (!options.output_final_state) return {outputs[0], std::nullopt};
@@ -50,7 +51,8 @@ Tensor momentum_delta_rule_recurrent_(const Tensor& q, const Tensor& k, const Te
                                       const Tensor& eta, MomentumState& state,
                                       const std::optional<Tensor>& p, std::optional<double> scale,
                                       bool use_qk_l2norm) {
-  return detail::call_rule_recurrent(spec(), {q, k, v, g, beta, mu, eta, p},
+  static const auto op = detail::recurrent_operator_of(spec());
+  return detail::call_rule_recurrent(op, {q, k, v, g, beta, mu, eta, p},
                                      {state.state, state.momentum}, scale, use_qk_l2norm);
 }
 

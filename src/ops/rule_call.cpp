@@ -1,8 +1,6 @@
 #include "rule_call.hpp"
 
 #include <ATen/autocast_mode.h>
-#include <fmt/format.h>
-#include <fmt/ranges.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/torch.h>
@@ -13,10 +11,11 @@
 #include <vector>
 
 #include "autograd_node.hpp"
+#include "compute_type.hpp"
 #include "fastweights/core/cpu.hpp"
-#include "fastweights/core/error.hpp"
 #include "fastweights/core/params.hpp"
 #include "layer_op.hpp"
+#include "rule_checks.hpp"
 
 namespace fastweights::detail {
 namespace {
@@ -26,139 +25,28 @@ using OptionalTensor = std::optional<Tensor>;
 
 // ---- checks ----------------------------------------------------------------------------------
 
-std::string shape_text(c10::SymIntArrayRef sizes) {
-  std::vector<std::string> parts;
-  for (const auto& size : sizes) {
-    const auto known = size.maybe_as_int();
-    parts.push_back(known ? std::to_string(*known) : "?");
-  }
-  return fmt::format("[{}]", fmt::join(parts, ", "));
-}
-
-bool equal_shapes(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
-  if (a.size() != b.size()) return false;
-  for (size_t i = 0; i < a.size(); ++i) {
-    if (a[i] != b[i]) return false;
-  }
-  return true;
-}
-
-[[noreturn]] void refuse(const RuleCall& call, const std::string& message) {
-  throw ShapeError(fmt::format("{}: {}", call.rule, message));
-}
-
-void check_shape(const RuleCall& call, const char* name, const Tensor& tensor, const char* letters,
-                 const std::vector<c10::SymInt>& expected) {
-  if (equal_shapes(tensor.sym_sizes(), expected)) return;
-  refuse(call, fmt::format("{} must be {} = {}, got {}", name, letters, shape_text(expected),
-                           shape_text(tensor.sym_sizes())));
-}
-
-void check_type(const RuleCall& call, const char* name, const Tensor& tensor,
-                std::initializer_list<at::ScalarType> allowed) {
-  std::vector<std::string> names;
-  for (const auto type : allowed) {
-    if (tensor.scalar_type() == type) return;
-    if (names.empty() || names.back() != c10::toString(type)) names.push_back(c10::toString(type));
-  }
-  refuse(call, fmt::format("{} must be {}, got {}", name, fmt::join(names, " or "),
-                           c10::toString(tensor.scalar_type())));
-}
-
-void check_device(const RuleCall& call, const char* name, const Tensor& tensor) {
-  if (tensor.device() == call.q.device()) return;
-  refuse(call, fmt::format("{} must be on {} like q, got {}", name, call.q.device().str(),
-                           tensor.device().str()));
-}
-
-at::ScalarType state_type(const Tensor& v) {
-  return v.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-void check_head_size(const RuleCall& call, const char* name, const c10::SymInt& size) {
-  const auto known = size.maybe_as_int();
-  if (known && (*known < 1 || *known > core::kMaxHeadSize)) {
-    refuse(call, fmt::format("{} must be from 1 to {}, got {}", name, core::kMaxHeadSize, *known));
-  }
-}
-
 void check_features(const RuleCall& call) {
-  if (call.q.dim() != 4) {
-    refuse(call, "q must be [B, T, H, K], got " + shape_text(call.q.sym_sizes()));
-  }
-  check_type(call, "q", call.q, {at::kBFloat16, at::kHalf, at::kFloat, at::kDouble});
-  const auto q = call.q.sym_sizes();
-  check_shape(call, "k", call.k, "[B, T, H, K]", {q[0], q[1], q[2], q[3]});
-  if (call.v.dim() != 4 || call.v.sym_size(0) != q[0] || call.v.sym_size(1) != q[1]) {
-    refuse(call,
-           fmt::format("v must be [B, T, HV, V] with B = {} and T = {}, got {}", shape_text({q[0]}),
-                       shape_text({q[1]}), shape_text(call.v.sym_sizes())));
-  }
-  const auto heads = q[2].maybe_as_int();
-  const auto value_heads = call.v.sym_size(2).maybe_as_int();
-  if (heads && value_heads && (*heads < 1 || *value_heads < 1 || *value_heads % *heads != 0)) {
-    refuse(call, fmt::format("v must have a positive multiple of q's heads, H = {}, got HV = {}",
-                             *heads, *value_heads));
-  }
-  check_head_size(call, "K", q[3]);
-  check_head_size(call, "V", call.v.sym_size(3));
-  check_type(call, "k", call.k, {call.q.scalar_type()});
-  check_type(call, "v", call.v, {call.q.scalar_type()});
-  check_device(call, "k", call.k);
-  check_device(call, "v", call.v);
+  check_query(call.rule, call.q);
+  check_shape(call.rule, "k", call.k, "[B, T, H, K]", call.q.sym_sizes().vec());
+  check_value(call.rule, call.q, call.v);
+  check_type(call.rule, "k", call.k, {call.q.scalar_type()});
+  check_type(call.rule, "v", call.v, {call.q.scalar_type()});
+  check_device(call.rule, "k", call.k, call.q);
+  check_device(call.rule, "v", call.v, call.q);
 }
 
 void check_scalars(const RuleCall& call, const char* name, const Tensor& tensor) {
   const auto v = call.v.sym_sizes();
-  check_shape(call, name, tensor, "[B, T, HV]", {v[0], v[1], v[2]});
-  check_type(call, name, tensor, {call.q.scalar_type(), at::kFloat});
-  check_device(call, name, tensor);
+  check_shape(call.rule, name, tensor, "[B, T, HV]", {v[0], v[1], v[2]});
+  check_type(call.rule, name, tensor, {call.q.scalar_type(), at::kFloat});
+  check_device(call.rule, name, tensor, call.q);
 }
 
-c10::SymInt sequences(const RuleCall& call) {
-  return call.cu_seqlens ? call.cu_seqlens->sym_size(0) - 1 : call.q.sym_size(0);
-}
-
-std::vector<c10::SymInt> state_shape(const RuleCall& call) {
-  return {sequences(call), call.v.sym_size(2), call.q.sym_size(3), call.v.sym_size(3)};
-}
-
-void check_state(const RuleCall& call, const char* name, const Tensor& state) {
-  check_shape(call, name, state, call.cu_seqlens ? "[N, HV, K, V]" : "[B, HV, K, V]",
-              state_shape(call));
-  check_type(call, name, state, {state_type(call.v)});
-  check_device(call, name, state);
-}
-
-void check_packing(const RuleCall& call) {
-  const Tensor& cu_seqlens = *call.cu_seqlens;
-  if (cu_seqlens.dim() != 1 || cu_seqlens.sym_size(0) < 1) {
-    refuse(call, "cu_seqlens must be [N + 1], got " + shape_text(cu_seqlens.sym_sizes()));
-  }
-  check_type(call, "cu_seqlens", cu_seqlens, {at::kLong});
-  check_device(call, "cu_seqlens", cu_seqlens);
-  if (call.q.sym_size(0) != 1) {
-    refuse(call,
-           "cu_seqlens needs packed input with B = 1, got q " + shape_text(call.q.sym_sizes()));
-  }
+void check_call_state(const RuleCall& call, const char* name, const Tensor& state) {
+  check_state(call.rule, name, state, call.q, call.v, call.cu_seqlens.value_or(Tensor()));
 }
 
 // ---- from tensors to the kernels ---------------------------------------------------------------
-
-Tensor with_adjacent_rows(const Tensor& tensor) {
-  return tensor.dim() < 4 || tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor
-                                                                          : tensor.contiguous();
-}
-
-core::ConstView const_view(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(1),
-          tensor.stride(2)};
-}
-
-core::View view(const Tensor& tensor) {
-  return {tensor.mutable_data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(1),
-          tensor.stride(2)};
-}
 
 /// A call whose tensors have the layout that the kernels read; it keeps them alive.
 struct PreparedCall {
@@ -194,18 +82,9 @@ struct PreparedCall {
   RuleCall call;
 };
 
-/// Calls `body` with a float or a double, the type of the arithmetic.
-template <class Body>
-void with_real(const Tensor& v, const Body& body) {
-  if (v.scalar_type() == at::kDouble) {
-    body(double{});
-  } else {
-    body(float{});
-  }
-}
-
 Tensor empty_state(const RuleCall& call) {
-  return at::empty_symint(state_shape(call), call.v.options().dtype(state_type(call.v)));
+  return at::empty_symint(state_shape(call.q, call.v, call.cu_seqlens.value_or(Tensor())),
+                          call.v.options().dtype(compute_type(call.v)));
 }
 
 Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
@@ -287,8 +166,8 @@ void check_call(const RuleCall& call) {
   check_features(call);
   check_scalars(call, "beta", call.beta);
   if (call.g) check_scalars(call, "g", *call.g);
-  if (call.cu_seqlens) check_packing(call);
-  if (call.initial_state) check_state(call, "initial_state", *call.initial_state);
+  if (call.cu_seqlens) check_packing(call.rule, call.q, *call.cu_seqlens);
+  if (call.initial_state) check_call_state(call, "initial_state", *call.initial_state);
 }
 
 RuleOutputs rule_cpu(const RuleCall& source) {
@@ -297,7 +176,7 @@ RuleOutputs rule_cpu(const RuleCall& source) {
   Tensor o = at::empty(call.v.sizes(), call.v.options());
   Tensor final_state = call.output_final_state
                            ? empty_state(call)
-                           : at::empty({0}, call.v.options().dtype(state_type(call.v)));
+                           : at::empty({0}, call.v.options().dtype(compute_type(call.v)));
   with_real(call.v, [&](auto real) {
     using Real = decltype(real);
     auto params = prepared.params<Real>();
@@ -315,7 +194,7 @@ RuleOutputs rule_cpu(const RuleCall& source) {
 RuleOutputs rule_meta(const RuleCall& call) {
   check_call(call);
   Tensor o = at::empty_symint(call.v.sym_sizes(), call.v.options());
-  const auto options = call.v.options().dtype(state_type(call.v));
+  const auto options = call.v.options().dtype(compute_type(call.v));
   return {o, call.output_final_state ? empty_state(call) : at::empty({0}, options)};
 }
 
@@ -355,7 +234,7 @@ RuleOutputs rule_autocast(RuleCall call, const RuleEntries& entries) {
 Tensor rule_recurrent_cpu(const RuleCall& source, Tensor& state) {
   const PreparedCall prepared(source);
   const RuleCall& call = prepared.call;
-  check_state(call, "state", state);
+  check_call_state(call, "state", state);
   Tensor o = at::empty(call.v.sizes(), call.v.options());
   Tensor working = state.contiguous();
   with_real(call.v, [&](auto real) {
@@ -390,8 +269,8 @@ RuleGradients rule_backward_cpu(const RuleCall& source, const OptionalTensor& d_
   const OptionalTensor output = d_o ? OptionalTensor(with_adjacent_rows(*d_o)) : std::nullopt;
   const OptionalTensor state =
       d_final_state ? OptionalTensor(d_final_state->contiguous()) : std::nullopt;
-  if (output) check_shape(call, "d_o", *output, "[B, T, HV, V]", call.v.sym_sizes().vec());
-  if (state) check_state(call, "d_final_state", *state);
+  if (output) check_shape(call.rule, "d_o", *output, "[B, T, HV, V]", call.v.sym_sizes().vec());
+  if (state) check_call_state(call, "d_final_state", *state);
   with_real(call.v, [&](auto real) {
     using Real = decltype(real);
     const auto params = prepared.params<Real>();

@@ -17,6 +17,7 @@
 #include "compute_type.hpp"
 #include "fastweights/core/error.hpp"
 #include "layer_op.hpp"
+#include "rule_checks.hpp"
 
 namespace fastweights::detail {
 namespace {
@@ -209,78 +210,6 @@ Tensors results_of(const Stack& stack) {
 
 // ---- checks ------------------------------------------------------------------------------------
 
-[[noreturn]] void refuse(const Call& call, const std::string& message) {
-  throw ShapeError(fmt::format("{}: {}", call.spec.name, message));
-}
-
-std::string shape_text(c10::SymIntArrayRef sizes) {
-  std::vector<std::string> parts;
-  for (const auto& size : sizes) {
-    const auto known = size.maybe_as_int();
-    parts.push_back(known ? std::to_string(*known) : "?");
-  }
-  return fmt::format("[{}]", fmt::join(parts, ", "));
-}
-
-bool equal_shapes(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
-  if (a.size() != b.size()) return false;
-  for (size_t i = 0; i < a.size(); ++i) {
-    if (a[i] != b[i]) return false;
-  }
-  return true;
-}
-
-void check_shape(const Call& call, const char* name, const Tensor& tensor, const char* letters,
-                 const std::vector<c10::SymInt>& expected) {
-  if (equal_shapes(tensor.sym_sizes(), expected)) return;
-  refuse(call, fmt::format("{} must be {} = {}, got {}", name, letters, shape_text(expected),
-                           shape_text(tensor.sym_sizes())));
-}
-
-void check_type(const Call& call, const char* name, const Tensor& tensor,
-                std::initializer_list<at::ScalarType> allowed) {
-  std::vector<std::string> names;
-  for (const auto type : allowed) {
-    if (tensor.scalar_type() == type) return;
-    if (names.empty() || names.back() != c10::toString(type)) names.push_back(c10::toString(type));
-  }
-  refuse(call, fmt::format("{} must be {}, got {}", name, fmt::join(names, " or "),
-                           c10::toString(tensor.scalar_type())));
-}
-
-void check_device(const Call& call, const char* name, const Tensor& tensor) {
-  if (tensor.device() == call.q().device()) return;
-  refuse(call, fmt::format("{} must be on {} like q, got {}", name, call.q().device().str(),
-                           tensor.device().str()));
-}
-
-void check_head_size(const Call& call, const char* name, const c10::SymInt& size) {
-  const auto known = size.maybe_as_int();
-  if (known && (*known < 1 || *known > core::kMaxHeadSize)) {
-    refuse(call, fmt::format("{} must be from 1 to {}, got {}", name, core::kMaxHeadSize, *known));
-  }
-}
-
-void check_query_and_value(const Call& call) {
-  const Tensor& q = call.q();
-  const Tensor& v = call.v();
-  if (q.dim() != 4) refuse(call, "q must be [B, T, H, K], got " + shape_text(q.sym_sizes()));
-  check_type(call, "q", q, {at::kBFloat16, at::kHalf, at::kFloat, at::kDouble});
-  if (v.dim() != 4 || v.sym_size(0) != q.sym_size(0) || v.sym_size(1) != q.sym_size(1)) {
-    refuse(call, fmt::format("v must be [B, T, HV, V] with B = {} and T = {}, got {}",
-                             shape_text({q.sym_size(0)}), shape_text({q.sym_size(1)}),
-                             shape_text(v.sym_sizes())));
-  }
-  const auto heads = q.sym_size(2).maybe_as_int();
-  const auto value_heads = v.sym_size(2).maybe_as_int();
-  if (heads && value_heads && (*heads < 1 || *value_heads < 1 || *value_heads % *heads != 0)) {
-    refuse(call, fmt::format("v must have a positive multiple of q's heads, H = {}, got HV = {}",
-                             *heads, *value_heads));
-  }
-  check_head_size(call, "K", q.sym_size(3));
-  check_head_size(call, "V", v.sym_size(3));
-}
-
 struct ExpectedShape {
   const char* letters;
   std::vector<c10::SymInt> sizes;
@@ -301,53 +230,31 @@ ExpectedShape expected_shape(const Call& call, Layout layout) {
 void check_input(const Call& call, const RuleInput& input, const Tensor& tensor) {
   if (!tensor.defined()) return;
   const auto [letters, sizes] = expected_shape(call, input.layout);
-  check_shape(call, input.name, tensor, letters, sizes);
+  check_shape(call.spec.name, input.name, tensor, letters, sizes);
   const auto type = call.q().scalar_type();
   if (input.layout == Layout::kKeys || input.layout == Layout::kValues) {
-    check_type(call, input.name, tensor, {type});
+    check_type(call.spec.name, input.name, tensor, {type});
   } else {
-    check_type(call, input.name, tensor, {type, at::kFloat});
+    check_type(call.spec.name, input.name, tensor, {type, at::kFloat});
   }
-  check_device(call, input.name, tensor);
+  check_device(call.spec.name, input.name, tensor, call.q());
 }
 
-std::vector<c10::SymInt> state_shape(const Call& call) {
-  const auto sequences =
-      call.cu_seqlens.defined() ? call.cu_seqlens.sym_size(0) - 1 : call.q().sym_size(0);
-  return {sequences, call.v().sym_size(2), call.q().sym_size(3), call.v().sym_size(3)};
-}
-
-void check_state(const Call& call, const char* name, const Tensor& state) {
+void check_call_state(const Call& call, const char* name, const Tensor& state) {
   if (!state.defined()) return;
-  check_shape(call, name, state, call.cu_seqlens.defined() ? "[N, HV, K, V]" : "[B, HV, K, V]",
-              state_shape(call));
-  check_type(call, name, state, {compute_type(call.v())});
-  check_device(call, name, state);
-}
-
-void check_packing(const Call& call) {
-  const Tensor& cu_seqlens = call.cu_seqlens;
-  if (!cu_seqlens.defined()) return;
-  if (cu_seqlens.dim() != 1 || cu_seqlens.sym_size(0) < 1) {
-    refuse(call, "cu_seqlens must be [N + 1], got " + shape_text(cu_seqlens.sym_sizes()));
-  }
-  check_type(call, "cu_seqlens", cu_seqlens, {at::kLong});
-  check_device(call, "cu_seqlens", cu_seqlens);
-  if (call.q().sym_size(0) != 1) {
-    refuse(call,
-           "cu_seqlens needs packed input with B = 1, got q " + shape_text(call.q().sym_sizes()));
-  }
+  check_state(call.spec.name, name, state, call.q(), call.v(), call.cu_seqlens);
 }
 
 /// Throws ShapeError unless shapes, types and devices fit; works on symbolic shapes.
 void check(const Call& call) {
-  check_query_and_value(call);
+  check_query(call.spec.name, call.q());
+  check_value(call.spec.name, call.q(), call.v());
   for (size_t i = 0; i < call.inputs.size(); ++i) {
     check_input(call, call.spec.inputs[i], call.inputs[i]);
   }
-  check_packing(call);
+  if (call.cu_seqlens.defined()) check_packing(call.spec.name, call.q(), call.cu_seqlens);
   for (size_t i = 0; i < call.states.size(); ++i) {
-    check_state(call, call.state_names[i], call.states[i]);
+    check_call_state(call, call.state_names[i], call.states[i]);
   }
 }
 
@@ -357,12 +264,13 @@ void check_sequences(const Call& call) {
   const auto ends = call.cu_seqlens.accessor<int64_t, 1>();
   const int64_t last = ends.size(0) - 1;
   if (ends[0] != 0 || ends[last] != call.q().size(1)) {
-    refuse(call, fmt::format("cu_seqlens must begin with 0 and end with T = {}, got {} and {}",
-                             call.q().size(1), ends[0], ends[last]));
+    refuse(call.spec.name,
+           fmt::format("cu_seqlens must begin with 0 and end with T = {}, got {} and {}",
+                       call.q().size(1), ends[0], ends[last]));
   }
   for (int64_t i = 1; i <= last; ++i) {
     if (ends[i] < ends[i - 1]) {
-      refuse(call,
+      refuse(call.spec.name,
              fmt::format("cu_seqlens must not decrease, got {} before {}", ends[i - 1], ends[i]));
     }
   }
@@ -370,49 +278,32 @@ void check_sequences(const Call& call) {
 
 // ---- from tensors to the kernels ---------------------------------------------------------------
 
-template <class Params>
-auto& member(Params& params, std::string_view name) {
-  if (name == "q") return params.q;
-  if (name == "k") return params.k;
-  if (name == "v") return params.v;
-  if (name == "g") return params.g;
-  if (name == "beta") return params.beta;
-  if (name == "a") return params.a;
-  if (name == "b") return params.b;
-  if (name == "p") return params.p;
-  if (name == "mu") return params.mu;
-  if (name == "eta") return params.eta;
+/// Where a tensor of a rule lies among the kernels' parameters, and where its gradient does.
+template <class Real>
+struct Member {
+  std::string_view name;
+  core::ConstView core::RuleParams<Real>::* input;
+  core::View core::RuleGradients<Real>::* gradient;
+};
+
+template <class Real>
+const Member<Real>& member(std::string_view name) {
+  using Params = core::RuleParams<Real>;
+  using Gradients = core::RuleGradients<Real>;
+  static constexpr std::array kMembers = {Member<Real>{"q", &Params::q, &Gradients::d_q},
+                                          Member<Real>{"k", &Params::k, &Gradients::d_k},
+                                          Member<Real>{"v", &Params::v, &Gradients::d_v},
+                                          Member<Real>{"g", &Params::g, &Gradients::d_g},
+                                          Member<Real>{"beta", &Params::beta, &Gradients::d_beta},
+                                          Member<Real>{"a", &Params::a, &Gradients::d_a},
+                                          Member<Real>{"b", &Params::b, &Gradients::d_b},
+                                          Member<Real>{"p", &Params::p, &Gradients::d_p},
+                                          Member<Real>{"mu", &Params::mu, &Gradients::d_mu},
+                                          Member<Real>{"eta", &Params::eta, &Gradients::d_eta}};
+  for (const auto& entry : kMembers) {
+    if (entry.name == name) return entry;
+  }
   throw std::logic_error("no rule input " + std::string(name));
-}
-
-template <class Gradients>
-core::View& gradient_member(Gradients& d, std::string_view name) {
-  if (name == "q") return d.d_q;
-  if (name == "k") return d.d_k;
-  if (name == "v") return d.d_v;
-  if (name == "g") return d.d_g;
-  if (name == "beta") return d.d_beta;
-  if (name == "a") return d.d_a;
-  if (name == "b") return d.d_b;
-  if (name == "p") return d.d_p;
-  if (name == "mu") return d.d_mu;
-  if (name == "eta") return d.d_eta;
-  throw std::logic_error("no rule input " + std::string(name));
-}
-
-Tensor with_adjacent_rows(const Tensor& tensor) {
-  if (!tensor.defined() || tensor.dim() < 4) return tensor;
-  return tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor : tensor.contiguous();
-}
-
-core::ConstView const_view(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(1),
-          tensor.stride(2)};
-}
-
-core::View view(const Tensor& tensor) {
-  return {tensor.mutable_data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(1),
-          tensor.stride(2)};
 }
 
 /// Checks a call and gives its tensors the layout that the kernels read.
@@ -438,12 +329,12 @@ core::RuleParams<Real> params_of(const Call& call) {
                     static_cast<std::size_t>(call.cu_seqlens.numel())};
   }
   p.scale = call.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.shape.K)));
-  if (!std::isfinite(p.scale)) refuse(call, "scale must be finite");
+  if (!std::isfinite(p.scale)) refuse(call.spec.name, "scale must be finite");
   p.use_qk_l2norm = call.use_qk_l2norm;
   for (size_t i = 0; i < call.inputs.size(); ++i) {
     const auto& input = call.spec.inputs[i];
     if (input.layout == Layout::kChannelGates) p.channel_gate = true;
-    if (call.inputs[i].defined()) member(p, input.name) = const_view(call.inputs[i]);
+    if (call.inputs[i].defined()) p.*member<Real>(input.name).input = const_view(call.inputs[i]);
   }
   const auto initial = [&](size_t i) {
     return i < call.states.size() && call.states[i].defined()
@@ -464,23 +355,15 @@ const core::RuleForms<Real>& forms_of(const RuleSpec& spec) {
   }
 }
 
-/// Calls `body` with a float or a double, the type of the arithmetic.
-template <class Body>
-void with_real(const Tensor& v, const Body& body) {
-  if (v.scalar_type() == at::kDouble) {
-    body(double{});
-  } else {
-    body(float{});
-  }
-}
-
 /// o, and the final states where they are wanted, else empty tensors.
 Tensors empty_outputs(const Call& call) {
   Tensors outputs = {at::empty_symint(call.v().sym_sizes(), call.v().options())};
   const auto options = call.v().options().dtype(compute_type(call.v()));
   for (size_t i = 0; i < state_count(call.spec); ++i) {
-    outputs.push_back(call.output_final_state ? at::empty_symint(state_shape(call), options)
-                                              : at::empty({0}, options));
+    outputs.push_back(
+        call.output_final_state
+            ? at::empty_symint(state_shape(call.q(), call.v(), call.cu_seqlens), options)
+            : at::empty({0}, options));
   }
   return outputs;
 }
@@ -521,11 +404,11 @@ Tensors backward_cpu(BackwardCall source) {
   Tensors& d_outputs = source.d_outputs;
   d_outputs[0] = with_adjacent_rows(d_outputs[0]);
   if (d_outputs[0].defined()) {
-    check_shape(call, "d_o", d_outputs[0], "[B, T, HV, V]", call.v().sym_sizes().vec());
+    check_shape(call.spec.name, "d_o", d_outputs[0], "[B, T, HV, V]", call.v().sym_sizes().vec());
   }
   for (size_t i = 1; i < d_outputs.size(); ++i) {
     if (d_outputs[i].defined()) d_outputs[i] = d_outputs[i].contiguous();
-    check_state(call, i == 1 ? "d_final_state" : "d_final_momentum", d_outputs[i]);
+    check_call_state(call, i == 1 ? "d_final_state" : "d_final_momentum", d_outputs[i]);
   }
   const Tensors gradients = empty_gradients(call);
   with_real(call.v(), [&](auto real) {
@@ -542,7 +425,7 @@ Tensors backward_cpu(BackwardCall source) {
     d.d_final_momentum = given(2);
     for (size_t i = 0; i < call.inputs.size(); ++i) {
       if (call.inputs[i].defined()) {
-        gradient_member(d, call.spec.inputs[i].name) = view(gradients[i]);
+        d.*member<Real>(call.spec.inputs[i].name).gradient = view(gradients[i]);
       }
     }
     const auto wanted = [&](size_t i) {
@@ -788,7 +671,14 @@ void register_rule(torch::Library& library, const RuleSpec& spec) {
   implement_recurrent(library, spec);
 }
 
-Tensors call_rule(const RuleSpec& spec, const std::vector<std::optional<Tensor>>& inputs,
+c10::OperatorHandle operator_of(const RuleSpec& spec) { return find(spec.name); }
+
+c10::OperatorHandle recurrent_operator_of(const RuleSpec& spec) {
+  return find(std::string(spec.name) + "_recurrent_");
+}
+
+Tensors call_rule(const c10::OperatorHandle& op, const RuleSpec& spec,
+                  const std::vector<std::optional<Tensor>>& inputs,
                   const RuleArguments& arguments) {
   Call call{.spec = spec, .inputs = defined_or_not(inputs)};
   call.scale = arguments.scale;
@@ -798,13 +688,13 @@ Tensors call_rule(const RuleSpec& spec, const std::vector<std::optional<Tensor>>
   call.cu_seqlens = arguments.cu_seqlens.value_or(Tensor());
   call.use_qk_l2norm = arguments.use_qk_l2norm;
   Stack stack = forward_stack(call);
-  find(spec.name).callBoxed(&stack);
+  op.callBoxed(&stack);
   return results_of(stack);
 }
 
-RuleResult call_rule(const RuleSpec& spec, const std::vector<std::optional<Tensor>>& inputs,
-                     const RuleOptions& options) {
-  const auto outputs = call_rule(spec, inputs,
+RuleResult call_rule(const c10::OperatorHandle& op, const RuleSpec& spec,
+                     const std::vector<std::optional<Tensor>>& inputs, const RuleOptions& options) {
+  const auto outputs = call_rule(op, spec, inputs,
                                  RuleArguments{options.scale,
                                                {options.initial_state},
                                                options.output_final_state,
@@ -813,14 +703,15 @@ RuleResult call_rule(const RuleSpec& spec, const std::vector<std::optional<Tenso
   return {outputs[0], options.output_final_state ? std::optional(outputs[1]) : std::nullopt};
 }
 
-Tensor call_rule_recurrent(const RuleSpec& spec, const std::vector<std::optional<Tensor>>& inputs,
-                           const Tensors& states, std::optional<double> scale, bool use_qk_l2norm) {
+Tensor call_rule_recurrent(const c10::OperatorHandle& op,
+                           const std::vector<std::optional<Tensor>>& inputs, const Tensors& states,
+                           std::optional<double> scale, bool use_qk_l2norm) {
   Stack stack;
   push(stack, defined_or_not(inputs));
   push(stack, states);
   stack.push_back(optional_value(scale));
   stack.emplace_back(use_qk_l2norm);
-  find(std::string(spec.name) + "_recurrent_").callBoxed(&stack);
+  op.callBoxed(&stack);
   return stack[0].toTensor();
 }
 

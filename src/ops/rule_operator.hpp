@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -54,17 +55,22 @@ struct RuleArguments {
   bool use_qk_l2norm = false;
 };
 
+/// The rule's entries in the dispatcher; callers keep them.
+c10::OperatorHandle operator_of(const RuleSpec& spec);
+c10::OperatorHandle recurrent_operator_of(const RuleSpec& spec);
+
 /// Calls the rule's operator: o, then the final states (empty tensors unless asked for).
-std::vector<at::Tensor> call_rule(const RuleSpec& spec,
+std::vector<at::Tensor> call_rule(const c10::OperatorHandle& op, const RuleSpec& spec,
                                   const std::vector<std::optional<at::Tensor>>& inputs,
                                   const RuleArguments& arguments);
 
 /// The same for a rule with one state, by its public options.
-RuleResult call_rule(const RuleSpec& spec, const std::vector<std::optional<at::Tensor>>& inputs,
+RuleResult call_rule(const c10::OperatorHandle& op, const RuleSpec& spec,
+                     const std::vector<std::optional<at::Tensor>>& inputs,
                      const RuleOptions& options);
 
 /// Calls the rule's recurrent operator on the states in place; returns o.
-at::Tensor call_rule_recurrent(const RuleSpec& spec,
+at::Tensor call_rule_recurrent(const c10::OperatorHandle& op,
                                const std::vector<std::optional<at::Tensor>>& inputs,
                                const std::vector<at::Tensor>& states, std::optional<double> scale,
                                bool use_qk_l2norm);

@@ -1,9 +1,9 @@
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/generators/catch_generators.hpp>
-#include <thread>
 #include <vector>
 
 #include "delta_rule_case.hpp"
+#include "executors.hpp"
 #include "fastweights/core/cpu.hpp"
 #include "fastweights/core/delta_rule.hpp"
 #include "fastweights/core/error.hpp"
@@ -27,17 +27,6 @@ Tolerance tolerance(DType dtype) {
     case DType::kFloat32: return {1e-5, 1e-4};
     default: return {5e-3, 8e-3};
   }
-}
-
-core::Executor two_threads() {
-  return {[](std::int64_t tasks, const std::function<void(std::int64_t)>& body) {
-            std::thread other([&] {
-              for (std::int64_t task = 1; task < tasks; task += 2) body(task);
-            });
-            for (std::int64_t task = 0; task < tasks; task += 2) body(task);
-            other.join();
-          },
-          2};
 }
 
 template <class Real>

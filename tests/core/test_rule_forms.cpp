@@ -2,25 +2,14 @@
 #include <catch2/generators/catch_generators.hpp>
 #include <cmath>
 #include <random>
-#include <thread>
 #include <vector>
 
+#include "executors.hpp"
 #include "fastweights/core/cpu.hpp"
 #include "rule_case.hpp"
 
 namespace fastweights::test {
 namespace {
-
-core::Executor two_threads() {
-  return {[](std::int64_t tasks, const std::function<void(std::int64_t)>& body) {
-            std::thread other([&] {
-              for (std::int64_t task = 1; task < tasks; task += 2) body(task);
-            });
-            for (std::int64_t task = 0; task < tasks; task += 2) body(task);
-            other.join();
-          },
-          2};
-}
 
 template <class Real>
 const core::RuleForms<Real>& forms(RuleName rule) {

@@ -102,7 +102,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     )
     if case.contiguous:
         return inputs
-    return replace(inputs, **{name: _strided(x) for name, x in inputs.tensors().items()})
+    return replace(inputs, **{name: strided(x) for name, x in inputs.tensors().items()})
 
 
 def pairwise(settings: dict[str, Sequence[Any]], seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -159,7 +159,7 @@ def _beta(kind: str, uniform: Tensor) -> Tensor:
     return choices[(uniform * len(choices)).long()]
 
 
-def _strided(x: Tensor) -> Tensor:
+def strided(x: Tensor) -> Tensor:
     """The same values with other strides: every second element of a longer last axis, and the
     first two axes swapped in memory."""
     wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan, dtype=x.dtype)

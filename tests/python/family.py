@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Case, make_inputs
+from cases import Case, make_inputs, strided
 from oracle import l2_normalised
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -65,9 +65,12 @@ def make(family: FamilyCase) -> Tensors:
         mixed = torch.where(gate < 0.2, -torch.inf, -(gate**4))
         x["g"] = draws.get(case.gate, mixed).to(base.beta.dtype)
     if rule in ("generalized_delta_rule", "rwkv7"):
+        # RWKV-7's a and b, and something across: neither is a multiple of the other.
         direction = normalize(normal(rows, tokens, heads, keys), dim=-1)
-        x["a"] = (-0.9 * direction).to(case.dtype)
-        x["b"] = (0.9 * direction * uniform(rows, tokens, heads, keys)).to(case.dtype)
+        across = normalize(normal(2, rows, tokens, heads, keys), dim=-1)
+        strength = uniform(rows, tokens, heads, keys)
+        x["a"] = (-0.8 * direction + 0.1 * across[0]).to(case.dtype)
+        x["b"] = (0.8 * direction * strength + 0.1 * across[1]).to(case.dtype)
     if rule == "momentum_delta_rule":
         if "g" not in x:
             x["g"] = torch.zeros_like(x["beta"])
@@ -82,6 +85,8 @@ def make(family: FamilyCase) -> Tensors:
     if rule == "rwkv7":
         x["r"], x["w"] = x.pop("q"), x.pop("g")
     x = {name: x[name] for name in NAMES[rule] if name in x}
+    if not case.contiguous:
+        x = {name: strided(tensor) for name, tensor in x.items()}
     if base.initial_state is not None:
         x["initial_state"] = base.initial_state
         if rule == "momentum_delta_rule":

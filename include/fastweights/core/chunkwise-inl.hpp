@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 #include "fastweights/core/aligned_buffer.hpp"
@@ -79,17 +80,17 @@ void load_padded_row(const ConstView& view, std::int64_t batch, std::int64_t tok
 
 /// The decay factor exp(g) of a token, 1 without a gate. Decays over several tokens are products of
 /// these: a gate of −∞ is an exact zero, and no difference of large sums is ever formed.
-template <class Real>
-Real decay_of(const DeltaRuleParams<Real>& params, const Head& head, std::int64_t token) {
+template <class Real, class Params>
+Real decay_of(const Params& params, const Head& head, std::int64_t token) {
   if (!params.g) return Real{1};
   const auto* g = params.g.at(head.sequence.batch, token, head.value_head);
   return std::exp(load_scalar<Real>(g, params.g.dtype));
 }
 
 /// Loads a key or query row, normalised and scaled as the call asks.
-template <class Real>
-void load_feature_row(const DeltaRuleParams<Real>& params, const ConstView& view, Real scale,
-                      const Head& head, std::int64_t token, std::int64_t stride, Real* out) {
+template <class Params, class Real>
+void load_feature_row(const Params& params, const ConstView& view, Real scale, const Head& head,
+                      std::int64_t token, std::int64_t stride, Real* out) {
   load_padded_row(view, head.sequence.batch, token, head.key_head, params.shape.K, stride, out);
   const Real norm = params.use_qk_l2norm ? inverse_norm(out, params.shape.K) : Real{1};
   if (norm * scale != Real{1}) scale_row(out, norm * scale, params.shape.K, out);
@@ -162,7 +163,7 @@ void pack_block(const DeltaRuleParams<Real>& params, const Head& head, std::int6
         }
         load_padded_row(params.v, batch, first + token, head.value_head, params.shape.V,
                         block.value_stride, value);
-        decay[i] = decay_of(params, head, first + token);
+        decay[i] = decay_of<Real>(params, head, first + token);
         coefficients.beta[i] = load_scalar<Real>(
             params.beta.at(batch, first + token, head.value_head), params.beta.dtype);
       } else {
@@ -181,8 +182,8 @@ void pack_block(const DeltaRuleParams<Real>& params, const Head& head, std::int6
   }
 }
 
-/// reads[i] ← Sᵀ x_i for the C packed rows that start at `features`.
-template <class Real>
+/// reads[i] ← Sᵀ x_i for the C packed rows that start at `features`, `kColumns` to a channel.
+template <int kColumns, class Real>
 HWY_INLINE void read_state(const Real* HWY_RESTRICT state, const Real* HWY_RESTRICT features,
                            std::int64_t keys, Vector<Real> (&reads)[kChunk][kPanelVectors]) {
   const Tag<Real> d;
@@ -193,7 +194,7 @@ HWY_INLINE void read_state(const Real* HWY_RESTRICT state, const Real* HWY_RESTR
 #pragma GCC unroll 2
     for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = hn::Zero(d);
   }
-  for (std::int64_t r = 0; r < keys; ++r, state += kPanel<Real>, features += 2 * kChunk) {
+  for (std::int64_t r = 0; r < keys; ++r, state += kPanel<Real>, features += kColumns) {
     Vector<Real> row[kPanelVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kPanelVectors; ++j) row[j] = hn::Load(d, state + j * kLanes);
@@ -258,8 +259,8 @@ HWY_INLINE void step_chunk(const ChunkCoefficients<Real>& c, const Real* packed,
   constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
   Vector<Real> writes[kChunk][kPanelVectors];  // reads of the keys, then u, then Γ_Ci u_i
   Vector<Real> reads[kChunk][kPanelVectors];   // reads of the queries
-  read_state(state, packed, keys, writes);
-  if constexpr (kEmit == Emit::kOutput) read_state(state, packed + kChunk, keys, reads);
+  read_state<2 * kChunk>(state, packed, keys, writes);
+  if constexpr (kEmit == Emit::kOutput) read_state<2 * kChunk>(state, packed + kChunk, keys, reads);
 
   for (int i = 0; i < kChunk; ++i) {
     for (int j = 0; j < kPanelVectors; ++j) {
@@ -319,6 +320,19 @@ void store_state(const Real* panels_of_state, const Shape& shape, std::int64_t f
   }
 }
 
+/// Stores columns [first_column, first_column + columns) of a block's outputs, rows of `stride`.
+template <class Real>
+void store_outputs(const View& o, const Head& head, std::int64_t begin, std::int64_t count,
+                   const Real* outputs, std::int64_t stride, std::int64_t first_column,
+                   std::int64_t columns) {
+  const std::int64_t offset = first_column * static_cast<std::int64_t>(size_of(o.dtype));
+  for (std::int64_t i = 0; i < count; ++i) {
+    void* row = o.at(head.sequence.batch, head.sequence.begin + begin + i, head.value_head);
+    store_row(outputs + i * stride + first_column, columns, static_cast<std::byte*>(row) + offset,
+              o.dtype);
+  }
+}
+
 /// Runs `panels` panels of one head over its whole sequence.
 template <class Real>
 void forward_head(const DeltaRuleParams<Real>& params, std::int64_t n, std::int64_t value_head,
@@ -347,25 +361,21 @@ void forward_head(const DeltaRuleParams<Real>& params, std::int64_t n, std::int6
                                   block.outputs.data() + row);
       }
     }
-    for (std::int64_t i = 0; i < count; ++i) {
-      auto* out = static_cast<std::byte*>(
-          params.o.at(head.sequence.batch, head.sequence.begin + begin + i, value_head));
-      store_row(block.outputs.data() + i * block.value_stride + first_column, columns,
-                out + first_column * static_cast<std::int64_t>(size_of(params.o.dtype)),
-                params.o.dtype);
-    }
+    store_outputs(params.o, head, begin, count, block.outputs.data(), block.value_stride,
+                  first_column, columns);
   }
   if (params.final_state != nullptr) {
     store_state(state.data(), shape, first_panel, panels, params.final_state + offset);
   }
 }
 
-/// The chunkwise form over all heads; work is cut into heads and, where those are too few for the
-/// executor's threads, into panels of columns. Columns never meet, so the cut changes no bit.
-template <class Real>
-void forward(const DeltaRuleParams<Real>& params, const Executor& executor) {
-  const std::int64_t heads = params.sequences() * params.shape.HV;
-  const std::int64_t panels = round_up(params.shape.V, kPanel<Real>) / kPanel<Real>;
+/// Cuts a call into heads and, where those are too few for the executor's threads, into panels of
+/// columns: `body(n, value_head, first_panel, panels)`. Columns never meet, so the cut changes no
+/// bit.
+template <class Real, class Body>
+void for_each_column_slice(const Packing& call, const Executor& executor, const Body& body) {
+  const std::int64_t heads = call.sequences() * call.shape.HV;
+  const std::int64_t panels = round_up(call.shape.V, kPanel<Real>) / kPanel<Real>;
   const std::int64_t wanted = heads == 0 ? 1 : (2 * executor.threads + heads - 1) / heads;
   const bool enough_heads = heads >= executor.threads && heads % executor.threads == 0;
   const std::int64_t parts = enough_heads ? 1 : std::clamp<std::int64_t>(wanted, 1, panels);
@@ -374,8 +384,15 @@ void forward(const DeltaRuleParams<Real>& params, const Executor& executor) {
     const std::int64_t head = task / parts;
     const std::int64_t first = task % parts * panels_per_part;
     const std::int64_t count = std::min(panels_per_part, panels - first);
-    if (count <= 0) return;
-    forward_head(params, head / params.shape.HV, head % params.shape.HV, first, count);
+    if (count > 0) body(head / call.shape.HV, head % call.shape.HV, first, count);
+  });
+}
+
+/// The chunkwise form over all heads.
+template <class Real>
+void forward(const DeltaRuleParams<Real>& params, const Executor& executor) {
+  for_each_column_slice<Real>(params, executor, [&](auto n, auto head, auto first, auto panels) {
+    forward_head(params, n, head, first, panels);
   });
 }
 

@@ -164,7 +164,7 @@ void load_chunk(const DeltaRuleParams<Real>& params, const DeltaRuleGradients<Re
     } else {
       std::fill_n(d_o, s.value_stride, Real{0});
     }
-    s.decay[i] = decay_of(params, head, t);
+    s.decay[i] = decay_of<Real>(params, head, t);
     s.beta[i] = load_scalar<Real>(params.beta.at(batch, t, head.value_head), params.beta.dtype);
     scale_row(errors + i * s.value_stride, s.beta[i], s.value_stride, u);
   }

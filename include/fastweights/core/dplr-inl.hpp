@@ -71,33 +71,25 @@ template <class Real>
 void load_decay_row(const RuleParams<Real>& params, const Head& head, std::int64_t token,
                     Real* out) {
   const std::int64_t keys = params.shape.K;
-  if (!params.g) {
-    std::fill_n(out, keys, Real{1});
+  if (!params.channel_gate) {
+    std::fill_n(out, keys, decay_of<Real>(params, head, token));
     return;
   }
-  const void* g = params.g.at(head.sequence.batch, token, head.value_head);
-  if (params.channel_gate) {
-    load_row<Real>(g, params.g.dtype, keys, out);
-    exp_row(out, keys, out);
-  } else {
-    std::fill_n(out, keys, std::exp(load_scalar<Real>(g, params.g.dtype)));
-  }
-}
-
-/// A key or query, normalised where the call asks for it, times `factor`.
-template <class Real>
-void load_normalised_row(const RuleParams<Real>& params, const ConstView& view, const Head& head,
-                         std::int64_t token, Real factor, Real* out) {
-  const std::int64_t keys = params.shape.K;
-  load_row<Real>(view.at(head.sequence.batch, token, head.key_head), view.dtype, keys, out);
-  if (params.use_qk_l2norm) factor *= inverse_norm(out, keys);
-  if (factor != Real{1}) scale_row(out, factor, keys, out);
+  load_row<Real>(params.g.at(head.sequence.batch, token, head.value_head), params.g.dtype, keys,
+                 out);
+  exp_row(out, keys, out);
 }
 
 template <class Real>
 void load_query_row(const RuleParams<Real>& params, const Head& head, std::int64_t token,
                     Real* out) {
-  load_normalised_row(params, params.q, head, token, static_cast<Real>(params.scale), out);
+  load_feature_row(params, params.q, static_cast<Real>(params.scale), head, token, params.shape.K,
+                   out);
+}
+
+template <class Real>
+void load_key_row(const RuleParams<Real>& params, const Head& head, std::int64_t token, Real* out) {
+  load_feature_row(params, params.k, Real{1}, head, token, params.shape.K, out);
 }
 
 template <class Real>
@@ -269,36 +261,6 @@ void pack_block(const RuleParams<Real>& params, const Head& head, std::int64_t b
   }
 }
 
-/// reads[i] ← Sᵀ x_i for the C packed rows that start at `features`.
-template <int kColumns, class Real>
-HWY_INLINE void read_rows(const Real* HWY_RESTRICT state, const Real* HWY_RESTRICT features,
-                          std::int64_t keys, Vector<Real> (&reads)[kChunk][kPanelVectors]) {
-  const Tag<Real> d;
-  constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
-  Vector<Real> sum[kChunk][kPanelVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kChunk; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = hn::Zero(d);
-  }
-  for (std::int64_t r = 0; r < keys; ++r, state += kPanel<Real>, features += kColumns) {
-    Vector<Real> row[kPanelVectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < kPanelVectors; ++j) row[j] = hn::Load(d, state + j * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < kChunk; ++i) {
-      const auto x = hn::Set(d, features[i]);
-#pragma GCC unroll 2
-      for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = hn::MulAdd(x, row[j], sum[i][j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kChunk; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kPanelVectors; ++j) reads[i][j] = sum[i][j];
-  }
-}
-
 /// S ← Diag(decay) S + Σ_i k_i w_iᵀ over the C packed rows; a null `decay` keeps S.
 template <int kColumns, class Real>
 HWY_INLINE void write_rows(Real* HWY_RESTRICT state, const Real* HWY_RESTRICT features,
@@ -344,8 +306,8 @@ HWY_INLINE void step_dplr_chunk(const DplrChunk<Real, kCorrection>& c, const Rea
   Vector<Real> writes[kChunk][kPanelVectors];  // of the keys k
   Vector<Real> reads[kChunk][kPanelVectors];   // Sᵀa, then what b writes
   Vector<Real> queried[kChunk][kPanelVectors];
-  if constexpr (Chunk::kReads) read_rows<kColumns>(state, packed, keys, reads);
-  read_rows<kColumns>(state, packed + Chunk::kQueries, keys, queried);
+  if constexpr (Chunk::kReads) read_state<kColumns>(state, packed, keys, reads);
+  read_state<kColumns>(state, packed + Chunk::kQueries, keys, queried);
 
   for (int i = 0; i < kChunk; ++i) {
     for (int j = 0; j < kPanelVectors; ++j) {
@@ -413,43 +375,18 @@ void dplr_forward_head(const RuleParams<Real>& params, std::int64_t n, std::int6
                         block.outputs.data() + row);
       }
     }
-    for (std::int64_t i = 0; i < count; ++i) {
-      auto* out = static_cast<std::byte*>(
-          params.o.at(head.sequence.batch, head.sequence.begin + begin + i, value_head));
-      store_row(block.outputs.data() + i * block.value_stride + first_column, columns,
-                out + first_column * static_cast<std::int64_t>(size_of(params.o.dtype)),
-                params.o.dtype);
-    }
+    store_outputs(params.o, head, begin, count, block.outputs.data(), block.value_stride,
+                  first_column, columns);
   }
   if (params.final_state != nullptr) {
     store_state(state.data(), shape, first_panel, panels, params.final_state + offset);
   }
 }
 
-/// Cuts work into heads and, where those are too few for the executor's threads, into panels of
-/// columns: `body(n, value_head, first_panel, panels)`. Columns never meet, so the cut changes no
-/// bit.
-template <class Real, class Body>
-void for_each_column_slice(const RuleParams<Real>& params, const Executor& executor,
-                           const Body& body) {
-  const std::int64_t heads = params.sequences() * params.shape.HV;
-  const std::int64_t panels = round_up(params.shape.V, kPanel<Real>) / kPanel<Real>;
-  const std::int64_t wanted = heads == 0 ? 1 : (2 * executor.threads + heads - 1) / heads;
-  const bool enough_heads = heads >= executor.threads && heads % executor.threads == 0;
-  const std::int64_t parts = enough_heads ? 1 : std::clamp<std::int64_t>(wanted, 1, panels);
-  const std::int64_t panels_per_part = (panels + parts - 1) / parts;
-  executor.run(heads * parts, [&](std::int64_t task) {
-    const std::int64_t head = task / parts;
-    const std::int64_t first = task % parts * panels_per_part;
-    const std::int64_t count = std::min(panels_per_part, panels - first);
-    if (count > 0) body(head / params.shape.HV, head % params.shape.HV, first, count);
-  });
-}
-
 /// The chunkwise form of `Rule`.
 template <class Rule, class Real>
 void dplr_forward(const RuleParams<Real>& params, const Executor& executor) {
-  for_each_column_slice(params, executor, [&](auto n, auto head, auto first, auto panels) {
+  for_each_column_slice<Real>(params, executor, [&](auto n, auto head, auto first, auto panels) {
     dplr_forward_head<Rule>(params, n, head, first, panels);
   });
 }

@@ -22,7 +22,7 @@ struct GeneralizedDeltaRule {
     const std::int64_t batch = head.sequence.batch;
     load_query_row(params, head, token, x.q);
     load_decay_row(params, head, token, x.decay);
-    load_normalised_row(params, params.k, head, token, Real{1}, x.k);
+    load_key_row(params, head, token, x.k);
     load_row<Real>(params.a.at(batch, token, head.key_head), params.a.dtype, keys, x.a);
     load_row<Real>(params.b.at(batch, token, head.key_head), params.b.dtype, keys, x.b);
   }

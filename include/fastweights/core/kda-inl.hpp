@@ -22,7 +22,7 @@ struct Kda {
     const std::int64_t keys = params.shape.K;
     load_query_row(params, head, token, x.q);
     load_decay_row(params, head, token, x.decay);
-    load_normalised_row(params, params.k, head, token, Real{1}, x.k);
+    load_key_row(params, head, token, x.k);
     multiply_rows(x.decay, x.k, keys, x.a);
     scale_row(x.k, load_gate<Real>(params.beta, head, token), keys, x.k);
   }
@@ -34,7 +34,7 @@ struct Kda {
     const std::int64_t keys = params.shape.K;
     const Real beta = load_gate<Real>(params.beta, head, token);
     alignas(64) Real k[kMaxHeadSize];
-    load_normalised_row(params, params.k, head, token, Real{1}, k);
+    load_key_row(params, head, token, k);
     store_gate_gradient(gradients.d_beta, head, token, dot(k, d_x.k, keys));
     for (std::int64_t c = 0; c < keys; ++c) {
       sum.k[c] += beta * d_x.k[c] + x.decay[c] * d_x.a[c];

@@ -20,7 +20,7 @@ struct LinearAttention {
                    const TokenRows<Real>& x) {
     load_query_row(params, head, token, x.q);
     load_decay_row(params, head, token, x.decay);
-    load_normalised_row(params, params.k, head, token, Real{1}, x.k);
+    load_key_row(params, head, token, x.k);
   }
 
   template <class Real>

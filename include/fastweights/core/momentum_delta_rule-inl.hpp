@@ -31,9 +31,8 @@ struct MomentumGates {
 template <class Real>
 MomentumGates<Real> load_momentum_gates(const RuleParams<Real>& params, const Head& head,
                                         std::int64_t token) {
-  return {params.g ? std::exp(load_gate<Real>(params.g, head, token)) : Real{1},
-          load_gate<Real>(params.beta, head, token), load_gate<Real>(params.mu, head, token),
-          load_gate<Real>(params.eta, head, token)};
+  return {decay_of<Real>(params, head, token), load_gate<Real>(params.beta, head, token),
+          load_gate<Real>(params.mu, head, token), load_gate<Real>(params.eta, head, token)};
 }
 
 /// Loads q, k and the reading row p, which is k where none is given.
@@ -41,7 +40,7 @@ template <class Real>
 void load_momentum_rows(const RuleParams<Real>& params, const Head& head, std::int64_t token,
                         Real* q, Real* k, Real* p) {
   load_query_row(params, head, token, q);
-  load_normalised_row(params, params.k, head, token, Real{1}, k);
+  load_key_row(params, head, token, k);
   if (params.p) {
     load_row<Real>(params.p.at(head.sequence.batch, token, head.key_head), params.p.dtype,
                    params.shape.K, p);
@@ -196,8 +195,8 @@ HWY_INLINE void step_momentum_chunk(const MomentumChunk<Real>& c, const Real* pa
   Vector<Real> of_state[kChunk][kPanelVectors];
   Vector<Real> of_momentum[kChunk][kPanelVectors];
   Vector<Real> writes[kChunk][kPanelVectors];  // u
-  read_rows<kColumns>(state, packed, keys, of_state);
-  read_rows<kColumns>(momentum, packed, keys, of_momentum);
+  read_state<kColumns>(state, packed, keys, of_state);
+  read_state<kColumns>(momentum, packed, keys, of_momentum);
   for (int i = 0; i < kChunk; ++i) {
     for (int j = 0; j < kPanelVectors; ++j) {
       auto error = hn::Load(d, values + i * value_stride + j * kLanes);
@@ -209,8 +208,8 @@ HWY_INLINE void step_momentum_chunk(const MomentumChunk<Real>& c, const Real* pa
       writes[i][j] = hn::Mul(hn::Set(d, c.eta[i]), error);
     }
   }
-  read_rows<kColumns>(state, packed + Block::kQueries, keys, of_state);
-  read_rows<kColumns>(momentum, packed + Block::kQueries, keys, of_momentum);
+  read_state<kColumns>(state, packed + Block::kQueries, keys, of_state);
+  read_state<kColumns>(momentum, packed + Block::kQueries, keys, of_momentum);
   for (int i = 0; i < kChunk; ++i) {
     for (int j = 0; j < kPanelVectors; ++j) {
       auto output = hn::Mul(hn::Set(d, c.state[i + 1]), of_state[i][j]);
@@ -264,13 +263,8 @@ void momentum_forward_head(const RuleParams<Real>& params, std::int64_t n, std::
                             block.outputs.data() + row);
       }
     }
-    for (std::int64_t i = 0; i < count; ++i) {
-      auto* out = static_cast<std::byte*>(
-          params.o.at(head.sequence.batch, head.sequence.begin + begin + i, value_head));
-      store_row(block.outputs.data() + i * block.value_stride + first_column, columns,
-                out + first_column * static_cast<std::int64_t>(size_of(params.o.dtype)),
-                params.o.dtype);
-    }
+    store_outputs(params.o, head, begin, count, block.outputs.data(), block.value_stride,
+                  first_column, columns);
   }
   if (params.final_state != nullptr) {
     store_state(state.data(), shape, first_panel, panels, params.final_state + offset);
@@ -282,7 +276,7 @@ void momentum_forward_head(const RuleParams<Real>& params, std::int64_t n, std::
 
 template <class Real>
 void momentum_forward(const RuleParams<Real>& params, const Executor& executor) {
-  for_each_column_slice(params, executor, [&](auto n, auto head, auto first, auto panels) {
+  for_each_column_slice<Real>(params, executor, [&](auto n, auto head, auto first, auto panels) {
     momentum_forward_head(params, n, head, first, panels);
   });
 }

@@ -28,24 +28,10 @@ struct Sequence {
 /// The largest K and V that the kernels take.
 inline constexpr std::int64_t kMaxHeadSize = 256;
 
-/// Inputs and outputs of the (gated) delta rule; `Real`, float or double, is the type of the
-/// arithmetic and of the state. double goes with fp64 inputs, float with all others.
-template <class Real>
-struct DeltaRuleParams {
+/// The sizes of one call and how its tokens are cut into sequences.
+struct Packing {
   Shape shape;
   std::span<const std::int64_t> cu_seqlens;  // [N + 1], empty when the input is not packed
-  double scale = 1.0;                        // of the output, usually 1 / sqrt(K)
-  bool use_qk_l2norm = false;                // q and k become x · rsqrt(Σx² + 1e-6)
-
-  ConstView q;     // [B, T, H, K]
-  ConstView k;     // [B, T, H, K]
-  ConstView v;     // [B, T, HV, V]
-  ConstView beta;  // [B, T, HV]
-  ConstView g;     // [B, T, HV] log-decay ≤ 0; null for the rule without a gate
-
-  const Real* initial_state = nullptr;  // [N, HV, K, V], null for zeros
-  Real* final_state = nullptr;  // [N, HV, K, V], null if not wanted; may equal initial_state
-  View o;                       // [B, T, HV, V]
 
   /// N: the number of sequences, and so of states.
   std::int64_t sequences() const {
@@ -60,6 +46,24 @@ struct DeltaRuleParams {
   std::int64_t state_offset(std::int64_t n, std::int64_t value_head) const {
     return (n * shape.HV + value_head) * shape.K * shape.V;
   }
+};
+
+/// Inputs and outputs of the (gated) delta rule; `Real`, float or double, is the type of the
+/// arithmetic and of the state. double goes with fp64 inputs, float with all others.
+template <class Real>
+struct DeltaRuleParams : Packing {
+  double scale = 1.0;          // of the output, usually 1 / sqrt(K)
+  bool use_qk_l2norm = false;  // q and k become x · rsqrt(Σx² + 1e-6)
+
+  ConstView q;     // [B, T, H, K]
+  ConstView k;     // [B, T, H, K]
+  ConstView v;     // [B, T, HV, V]
+  ConstView beta;  // [B, T, HV]
+  ConstView g;     // [B, T, HV] log-decay ≤ 0; null for the rule without a gate
+
+  const Real* initial_state = nullptr;  // [N, HV, K, V], null for zeros
+  Real* final_state = nullptr;  // [N, HV, K, V], null if not wanted; may equal initial_state
+  View o;                       // [B, T, HV, V]
 };
 
 /// Gradients of a loss with respect to everything that the forward call read. The views of the

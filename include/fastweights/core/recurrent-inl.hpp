@@ -115,7 +115,7 @@ void recurrent_head(const DeltaRuleParams<Real>& params, std::int64_t n, std::in
     load_feature_row(params, params.q, static_cast<Real>(params.scale), head, t, shape.K, q);
     load_row<Real>(params.v.at(batch, t, value_head), params.v.dtype, shape.V, v);
     const Real beta = load_scalar<Real>(params.beta.at(batch, t, value_head), params.beta.dtype);
-    const Token<Real> token{q, k, decay_of(params, head, t), beta, dot(q, k, shape.K)};
+    const Token<Real> token{q, k, decay_of<Real>(params, head, t), beta, dot(q, k, shape.K)};
     step_token(token, shape.K, shape.V, v, state, out);
     store_row(out, shape.V, params.o.at(batch, t, value_head), params.o.dtype);
   }

@@ -1,8 +1,5 @@
 #pragma once
 
-#include <cstdint>
-#include <span>
-
 #include "fastweights/core/executor.hpp"
 #include "fastweights/core/params.hpp"
 #include "fastweights/core/view.hpp"
@@ -12,12 +9,10 @@ namespace fastweights::core {
 /// Inputs and outputs of one call of a rule; what a rule does not have stays null. `Real`, float or
 /// double, is the type of the arithmetic and of the state.
 template <class Real>
-struct RuleParams {
-  Shape shape;
-  std::span<const std::int64_t> cu_seqlens;  // [N + 1], empty when the input is not packed
-  double scale = 1.0;                        // of the output
-  bool use_qk_l2norm = false;                // q and k become x · rsqrt(Σx² + 1e-6)
-  bool channel_gate = false;                 // whether g has a value for each channel of a key
+struct RuleParams : Packing {
+  double scale = 1.0;          // of the output
+  bool use_qk_l2norm = false;  // q and k become x · rsqrt(Σx² + 1e-6)
+  bool channel_gate = false;   // whether g has a value for each channel of a key
 
   ConstView q;     // [B, T, H, K]
   ConstView k;     // [B, T, H, K]
@@ -35,20 +30,6 @@ struct RuleParams {
   Real* final_state = nullptr;     // [N, HV, K, V], null if not wanted; may equal initial_state
   Real* final_momentum = nullptr;  // the same
   View o;                          // [B, T, HV, V]
-
-  /// N: the number of sequences, and so of states.
-  std::int64_t sequences() const {
-    return cu_seqlens.empty() ? shape.B : static_cast<std::int64_t>(cu_seqlens.size()) - 1;
-  }
-  Sequence sequence(std::int64_t n) const {
-    if (cu_seqlens.empty()) return {n, 0, shape.T};
-    const auto i = static_cast<std::size_t>(n);
-    return {0, cu_seqlens[i], cu_seqlens[i + 1] - cu_seqlens[i]};
-  }
-  std::int64_t value_heads_per_key_head() const { return shape.HV / shape.H; }
-  std::int64_t state_offset(std::int64_t n, std::int64_t value_head) const {
-    return (n * shape.HV + value_head) * shape.K * shape.V;
-  }
 };
 
 /// Gradients of a loss with respect to everything that the forward call read; null where the rule

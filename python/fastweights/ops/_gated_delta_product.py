@@ -1,8 +1,9 @@
-import torch
 from torch import Tensor
 
-from ..errors import ShapeError
-from ._gated_delta_rule import gated_delta_rule, gated_delta_rule_recurrent_
+from ._dispatch import operator
+
+_gated_delta_product = operator("gated_delta_product")
+_gated_delta_product_recurrent_ = operator("gated_delta_product_recurrent_")
 
 
 def gated_delta_product(
@@ -43,20 +44,20 @@ def gated_delta_product(
     Raises:
         ShapeError: naming the tensor, what it must be and what it is.
     """
-    queries, gates = _steps(q, k, v, g, beta, num_householder)
-    o, state = gated_delta_rule(
-        queries,
+    o, state = _gated_delta_product(
+        q,
         k,
         v,
-        gates,
+        g,
         beta,
+        num_householder,
         scale,
         initial_state,
         output_final_state,
-        None if cu_seqlens is None else cu_seqlens * num_householder,
+        cu_seqlens,
         use_qk_l2norm,
     )
-    return _last_steps(o, num_householder), state
+    return o, state if output_final_state else None
 
 
 def gated_delta_product_recurrent_(
@@ -74,42 +75,7 @@ def gated_delta_product_recurrent_(
 
     Without gradients. Returns o [B, T, HV, V].
     """
-    queries, gates = _steps(q, k, v, g, beta, num_householder)
-    o = gated_delta_rule_recurrent_(queries, k, v, gates, beta, state, scale, use_qk_l2norm)
-    return _last_steps(o, num_householder)
-
-
-def _spread(tokens: Tensor, writes: int, at: int) -> Tensor:
-    """[B, T, …] → [B, T · writes, …], zero but for step `at` of each token."""
-    steps = [torch.zeros_like(tokens)] * writes
-    steps[at] = tokens
-    return torch.stack(steps, 2).flatten(1, 2)
-
-
-def _steps(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, writes: int
-) -> tuple[Tensor, Tensor]:
-    """Q and g of the steps: the state decays at a token's first and is read after its last."""
-    if writes < 1:
-        raise ShapeError(f"gated_delta_product: num_householder must be at least 1, got {writes}")
-    if q.dim() != 4:
-        raise ShapeError(f"gated_delta_product: q must be [B, T, H, K], got {list(q.shape)}")
-    tokens = q.shape[1]
-    for name, tensor in (("k", k), ("v", v), ("beta", beta)):
-        if tensor.dim() < 2 or tensor.shape[1] != tokens * writes:
-            raise ShapeError(
-                f"gated_delta_product: {name} must have T · num_householder = {tokens} · {writes} "
-                f"rows, got {list(tensor.shape)}"
-            )
-    if g is not None and (g.dim() != 3 or g.shape[1] != tokens):
-        raise ShapeError(
-            f"gated_delta_product: g must be [B, T, HV] with T = {tokens}, got {list(g.shape)}"
-        )
-    gates = torch.zeros_like(beta) if g is None else _spread(g, writes, 0)
-    return _spread(q, writes, writes - 1), gates
-
-
-def _last_steps(o: Tensor, writes: int) -> Tensor:
-    """The rows of each token's last step."""
-    batch, steps = o.shape[:2]
-    return o.reshape(batch, steps // writes, writes, *o.shape[2:])[:, :, -1]
+    o: Tensor = _gated_delta_product_recurrent_(
+        q, k, v, g, beta, state, num_householder, scale, use_qk_l2norm
+    )
+    return o
