@@ -1,49 +1,63 @@
-#include "delta_rule_kernels.hpp"
-#include "fastweights/core/check_params.hpp"
-#include "fastweights/core/cpu.hpp"
+// The delta rule, with a gate and without: one skeleton, for which a missing g is no gate.
 
-namespace fastweights::cpu {
+// Sets that would add code but no speed here.
+#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_AVX3_DL)
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "delta_rule.cpp"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#include "fastweights/core/chunkwise-inl.hpp"
+#include "fastweights/core/chunkwise_backward-inl.hpp"
+#include "fastweights/core/cpu.hpp"
+#include "fastweights/core/recurrent-inl.hpp"
+
+HWY_BEFORE_NAMESPACE();
+namespace fastweights::core::HWY_NAMESPACE {
 namespace {
 
-template <class Real>
-DeltaRuleParams<Real> checked(DeltaRuleParams<Real> params) {
-  params.g = {};
-  core::check_params("delta_rule", params);
-  return params;
+RuleForms<float> forms_float() { return {&forward<float>, &recurrent<float>, &backward<float>}; }
+RuleForms<double> forms_double() {
+  return {&forward<double>, &recurrent<double>, &backward<double>};
 }
-
-template <class Real>
-DeltaRuleGradients<Real> without_gate(DeltaRuleGradients<Real> gradients) {
-  gradients.d_g = {};
-  return gradients;
-}
+const char* target_name() { return hwy::TargetName(HWY_TARGET); }
 
 }  // namespace
+}  // namespace fastweights::core::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
 
-void delta_rule(const DeltaRuleParams<float>& params, const Executor& executor) {
-  detail::forward(checked(params), executor);
+#if HWY_ONCE
+
+namespace fastweights::core {
+
+HWY_EXPORT(forms_float);
+HWY_EXPORT(forms_double);
+HWY_EXPORT(target_name);
+
+}  // namespace fastweights::core
+
+namespace fastweights::cpu {
+
+template <>
+const core::RuleForms<float>& delta_rule_forms() {
+  using namespace core;  // HWY_DYNAMIC_DISPATCH takes an unqualified name
+  static const RuleForms<float> forms = HWY_DYNAMIC_DISPATCH(forms_float)();
+  return forms;
 }
 
-void delta_rule(const DeltaRuleParams<double>& params, const Executor& executor) {
-  detail::forward(checked(params), executor);
+template <>
+const core::RuleForms<double>& delta_rule_forms() {
+  using namespace core;
+  static const RuleForms<double> forms = HWY_DYNAMIC_DISPATCH(forms_double)();
+  return forms;
 }
 
-void delta_rule_recurrent(const DeltaRuleParams<float>& params, const Executor& executor) {
-  detail::recurrent(checked(params), executor);
-}
-
-void delta_rule_recurrent(const DeltaRuleParams<double>& params, const Executor& executor) {
-  detail::recurrent(checked(params), executor);
-}
-
-void delta_rule_backward(const DeltaRuleParams<float>& params,
-                         const DeltaRuleGradients<float>& gradients, const Executor& executor) {
-  detail::backward(checked(params), without_gate(gradients), executor);
-}
-
-void delta_rule_backward(const DeltaRuleParams<double>& params,
-                         const DeltaRuleGradients<double>& gradients, const Executor& executor) {
-  detail::backward(checked(params), without_gate(gradients), executor);
+const char* instruction_set() {
+  using namespace core;
+  return HWY_DYNAMIC_DISPATCH(target_name)();
 }
 
 }  // namespace fastweights::cpu
+
+#endif  // HWY_ONCE

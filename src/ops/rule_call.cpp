@@ -13,7 +13,7 @@
 #include "autograd_node.hpp"
 #include "compute_type.hpp"
 #include "fastweights/core/cpu.hpp"
-#include "fastweights/core/params.hpp"
+#include "fastweights/core/rule.hpp"
 #include "layer_op.hpp"
 #include "rule_checks.hpp"
 
@@ -60,8 +60,8 @@ struct PreparedCall {
   }
 
   template <class Real>
-  core::DeltaRuleParams<Real> params() const {
-    core::DeltaRuleParams<Real> p;
+  core::RuleParams<Real> params() const {
+    core::RuleParams<Real> p;
     p.shape = {call.q.size(0), call.q.size(1), call.q.size(2),
                call.v.size(2), call.q.size(3), call.v.size(3)};
     if (call.cu_seqlens) {
@@ -274,7 +274,7 @@ RuleGradients rule_backward_cpu(const RuleCall& source, const OptionalTensor& d_
   with_real(call.v, [&](auto real) {
     using Real = decltype(real);
     const auto params = prepared.params<Real>();
-    core::DeltaRuleGradients<Real> gradients;
+    core::RuleGradients<Real> gradients;
     if (output) gradients.d_o = const_view(*output);
     if (state) gradients.d_final_state = state->const_data_ptr<Real>();
     gradients.d_q = view(out.q);

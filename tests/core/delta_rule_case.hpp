@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "fastweights/core/params.hpp"
+#include "fastweights/core/rule.hpp"
 #include "fastweights/core/rows-inl.hpp"
 
 // One call of a delta rule on memory of its own, in any element type, beside the same call in fp64.
@@ -196,8 +196,8 @@ struct DeltaRuleCase {
   }
 
   template <class Number>
-  core::DeltaRuleParams<Number> common() const {
-    core::DeltaRuleParams<Number> p;
+  core::RuleParams<Number> common() const {
+    core::RuleParams<Number> p;
     p.shape = s();
     p.cu_seqlens = options.cu_seqlens;
     p.scale = 1.0 / std::sqrt(static_cast<double>(s().K));
@@ -205,7 +205,7 @@ struct DeltaRuleCase {
     return p;
   }
 
-  core::DeltaRuleParams<Real> params() {
+  core::RuleParams<Real> params() {
     auto p = common<Real>();
     p.q = q.const_view();
     p.k = k.const_view();
@@ -218,7 +218,7 @@ struct DeltaRuleCase {
     return p;
   }
 
-  core::DeltaRuleParams<double> exact_params() {
+  core::RuleParams<double> exact_params() {
     auto p = common<double>();
     p.q = q.exact_const_view();
     p.k = k.exact_const_view();
@@ -231,8 +231,8 @@ struct DeltaRuleCase {
     return p;
   }
 
-  core::DeltaRuleGradients<Real> gradients() {
-    core::DeltaRuleGradients<Real> d;
+  core::RuleGradients<Real> gradients() {
+    core::RuleGradients<Real> d;
     d.d_o = d_o.const_view();
     d.d_final_state = d_final.values.data();
     d.d_q = d_q.view();
@@ -244,10 +244,10 @@ struct DeltaRuleCase {
     return d;
   }
 
-  core::DeltaRuleGradients<double> exact_gradients() {
+  core::RuleGradients<double> exact_gradients() {
     d_q.clear_exact();
     d_k.clear_exact();
-    core::DeltaRuleGradients<double> d;
+    core::RuleGradients<double> d;
     d.d_o = d_o.exact_const_view();
     d.d_final_state = d_final.exact.data();
     d.d_q = d_q.exact_view();

@@ -30,7 +30,7 @@ Tolerance tolerance(DType dtype) {
 }
 
 template <class Real>
-void run_forward(const core::DeltaRuleParams<Real>& params, bool gated) {
+void run_forward(const core::RuleParams<Real>& params, bool gated) {
   gated ? cpu::gated_delta_rule(params, two_threads()) : cpu::delta_rule(params, two_threads());
 }
 

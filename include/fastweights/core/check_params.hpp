@@ -5,7 +5,7 @@
 #include <string>
 
 #include "fastweights/core/error.hpp"
-#include "fastweights/core/params.hpp"
+#include "fastweights/core/rule.hpp"
 
 namespace fastweights::core {
 
@@ -52,7 +52,7 @@ inline void check_cu_seqlens(const char* rule, std::span<const std::int64_t> cu_
 
 /// Throws ShapeError unless the sizes and `cu_seqlens` describe a valid call of `rule`.
 template <class Real>
-void check_params(const char* rule, const DeltaRuleParams<Real>& params) {
+void check_params(const char* rule, const RuleParams<Real>& params) {
   detail::check_shape(rule, params.shape);
   detail::check_cu_seqlens(rule, params.cu_seqlens, params.shape);
   if (!std::isfinite(params.scale)) detail::refuse(rule, "scale must be finite");
@@ -60,7 +60,7 @@ void check_params(const char* rule, const DeltaRuleParams<Real>& params) {
 
 /// The same for the rule with a gate, whose g must be there.
 template <class Real>
-void check_gated_params(const DeltaRuleParams<Real>& params) {
+void check_gated_params(const RuleParams<Real>& params) {
   check_params("gated_delta_rule", params);
   const bool empty = params.shape.B == 0 || params.shape.T == 0;  // nothing has no address
   if (!params.g && !empty) detail::refuse("gated_delta_rule", "g is missing");

@@ -16,8 +16,8 @@
 #include "fastweights/core/aligned_buffer.hpp"
 #include "fastweights/core/executor.hpp"
 #include "fastweights/core/matrix-inl.hpp"
-#include "fastweights/core/params.hpp"
 #include "fastweights/core/rows-inl.hpp"
+#include "fastweights/core/rule.hpp"
 
 HWY_BEFORE_NAMESPACE();
 namespace fastweights::core::HWY_NAMESPACE {
@@ -137,45 +137,81 @@ void decay_pairs(const Real* decay, const Real (*sums)[2 * kChunk], ChunkCoeffic
   }
 }
 
+/// A row of keys or queries on its way into a packed chunk: where it lies, and its factor.
+template <class Real>
+struct FeatureRow {
+  const Real* data;
+  Real scale;
+};
+
+/// A key or query row of the call, or its copy in `scratch` where it has another type or
+/// `transpose` would read past its end. The normalisation and the scale stay a factor.
+template <class Params, class Real>
+FeatureRow<Real> feature_row(const Params& params, const ConstView& view, Real scale,
+                             const Head& head, std::int64_t token, std::int64_t stride,
+                             Real* scratch) {
+  const void* row = view.at(head.sequence.batch, token, head.key_head);
+  const Real* data = static_cast<const Real*>(row);
+  if (view.dtype != dtype_of<Real>() || params.shape.K % kTransposeBlock<Real> != 0) {
+    load_padded_row(view, head.sequence.batch, token, head.key_head, params.shape.K, stride,
+                    scratch);
+    data = scratch;
+  }
+  return {data, params.use_qk_l2norm ? scale * inverse_norm(data, params.shape.K) : scale};
+}
+
+/// Packs the keys and queries of tokens [first, first + count) of one chunk; missing ones are zero.
+template <class Real>
+void pack_features(const RuleParams<Real>& params, const Head& head, std::int64_t first,
+                   std::int64_t count, std::int64_t chunk, ForwardBlock<Real>& block) {
+  const std::int64_t stride = block.key_stride;
+  const Real* rows[2 * kChunk];
+  Real scale[2 * kChunk];
+  const auto place = [&](int index, const ConstView& view, Real factor, std::int64_t i) {
+    Real* scratch = block.rows.data() + index * stride;
+    if (i < count && view) {
+      const auto row = feature_row(params, view, factor, head, first + i, stride, scratch);
+      rows[index] = row.data;
+      scale[index] = row.scale;
+    } else {
+      std::fill(scratch, scratch + stride, Real{0});
+      rows[index] = scratch;
+      scale[index] = 0;
+    }
+  };
+  for (int i = 0; i < kChunk; ++i) {
+    place(i, params.k, Real{1}, i);
+    place(kChunk + i, params.q, static_cast<Real>(params.scale), i);
+  }
+  transpose_rows(rows, scale, 2 * kChunk, params.shape.K, block.packed(chunk), 2 * kChunk);
+}
+
 /// Packs tokens [begin, begin + count) of a head. Missing tokens of the last chunk become zero keys
 /// with β = 0 and no decay, which leave the state alone.
 template <class Real>
-void pack_block(const DeltaRuleParams<Real>& params, const Head& head, std::int64_t begin,
+void pack_block(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
                 std::int64_t count, ForwardBlock<Real>& block) {
   const auto batch = head.sequence.batch;
   const std::int64_t first = head.sequence.begin + begin;
-  const std::int64_t key_stride = block.key_stride;
-  const auto scale = static_cast<Real>(params.scale);
   for (std::int64_t chunk = 0; chunk * kChunk < count; ++chunk) {
     Real decay[kChunk];
     auto& coefficients = block.coefficients[chunk];
     for (int i = 0; i < kChunk; ++i) {
       const std::int64_t token = chunk * kChunk + i;
-      Real* key = block.rows.data() + i * key_stride;
-      Real* query = key + kChunk * key_stride;
       Real* value = block.values.data() + token * block.value_stride;
       if (token < count) {
-        load_feature_row(params, params.k, Real{1}, head, first + token, key_stride, key);
-        if (params.q) {
-          load_feature_row(params, params.q, scale, head, first + token, key_stride, query);
-        } else {
-          std::fill(query, query + key_stride, Real{0});
-        }
         load_padded_row(params.v, batch, first + token, head.value_head, params.shape.V,
                         block.value_stride, value);
         decay[i] = decay_of<Real>(params, head, first + token);
         coefficients.beta[i] = load_scalar<Real>(
             params.beta.at(batch, first + token, head.value_head), params.beta.dtype);
       } else {
-        std::fill(key, key + key_stride, Real{0});
-        std::fill(query, query + key_stride, Real{0});
         std::fill(value, value + block.value_stride, Real{0});
         decay[i] = 1;
         coefficients.beta[i] = 0;
       }
     }
-    transpose(block.rows.data(), key_stride, 2 * kChunk, params.shape.K, block.packed(chunk),
-              2 * kChunk);
+    pack_features(params, head, first + chunk * kChunk, count - chunk * kChunk, chunk, block);
     alignas(AlignedBuffer<Real>::kAlignment) Real sums[kChunk][2 * kChunk];
     multiply_pairs(block.packed(chunk), params.shape.K, sums);
     decay_pairs(decay, sums, coefficients);
@@ -335,7 +371,7 @@ void store_outputs(const View& o, const Head& head, std::int64_t begin, std::int
 
 /// Runs `panels` panels of one head over its whole sequence.
 template <class Real>
-void forward_head(const DeltaRuleParams<Real>& params, std::int64_t n, std::int64_t value_head,
+void forward_head(const RuleParams<Real>& params, std::int64_t n, std::int64_t value_head,
                   std::int64_t first_panel, std::int64_t panels) {
   const Shape& shape = params.shape;
   const Head head{params.sequence(n), value_head / params.value_heads_per_key_head(), value_head};
@@ -390,7 +426,7 @@ void for_each_column_slice(const Packing& call, const Executor& executor, const 
 
 /// The chunkwise form over all heads.
 template <class Real>
-void forward(const DeltaRuleParams<Real>& params, const Executor& executor) {
+void forward(const RuleParams<Real>& params, const Executor& executor) {
   for_each_column_slice<Real>(params, executor, [&](auto n, auto head, auto first, auto panels) {
     forward_head(params, n, head, first, panels);
   });

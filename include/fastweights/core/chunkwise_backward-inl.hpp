@@ -105,7 +105,7 @@ struct BackwardScratch {
 /// states before its chunks and the errors of its tokens. With `states` null only the state is
 /// advanced.
 template <class Real>
-void recompute_segment(const DeltaRuleParams<Real>& params, const Head& head, std::int64_t begin,
+void recompute_segment(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
                        std::int64_t count, Real* state, ForwardBlock<Real>& block, Real* states,
                        Real* errors) {
   const Shape& shape = params.shape;
@@ -136,8 +136,8 @@ void recompute_segment(const DeltaRuleParams<Real>& params, const Head& head, st
 
 /// Loads the rows and gates of one chunk; tokens past `count` are zero with β = 0 and no decay.
 template <class Real>
-void load_chunk(const DeltaRuleParams<Real>& params, const DeltaRuleGradients<Real>& grads,
-                const Head& head, std::int64_t begin, std::int64_t count, const Real* errors,
+void load_chunk(const RuleParams<Real>& params, const RuleGradients<Real>& grads, const Head& head,
+                std::int64_t begin, std::int64_t count, const Real* errors,
                 BackwardScratch<Real>& s) {
   constexpr std::int64_t C = kBackwardChunk;
   const std::int64_t first = head.sequence.begin + begin;
@@ -342,7 +342,7 @@ double differentiate_state(const Real* state, BackwardScratch<Real>& s) {
 /// Writes the gradient of a key or query row, back through the scale and the normalisation:
 /// with y = r x and r = rsqrt(Σx² + ε), dx = r (dy − y (y · dy)).
 template <class Real>
-void store_feature_gradient(const DeltaRuleParams<Real>& params, const ConstView& input,
+void store_feature_gradient(const RuleParams<Real>& params, const ConstView& input,
                             const View& output, Real scale, const Head& head, std::int64_t token,
                             Real* gradient) {
   const std::int64_t size = params.shape.K;
@@ -372,8 +372,8 @@ struct FeatureSums {
 };
 
 template <class Real>
-void store_chunk(const DeltaRuleParams<Real>& params, const DeltaRuleGradients<Real>& grads,
-                 const Head& head, std::int64_t begin, std::int64_t count,
+void store_chunk(const RuleParams<Real>& params, const RuleGradients<Real>& grads, const Head& head,
+                 std::int64_t begin, std::int64_t count,
                  const double (&d_log_decay)[kBackwardChunk],
                  const double (&d_beta)[kBackwardChunk], FeatureSums<Real>& sums,
                  BackwardScratch<Real>& s) {
@@ -409,7 +409,7 @@ void store_chunk(const DeltaRuleParams<Real>& params, const DeltaRuleGradients<R
 
 /// One chunk: from the gradient of the state after it to that of the state before it.
 template <class Real>
-void backward_chunk(const DeltaRuleParams<Real>& params, const DeltaRuleGradients<Real>& grads,
+void backward_chunk(const RuleParams<Real>& params, const RuleGradients<Real>& grads,
                     const Head& head, std::int64_t begin, std::int64_t count, const Real* state,
                     const Real* errors, FeatureSums<Real>& sums, BackwardScratch<Real>& s) {
   constexpr std::int64_t C = kBackwardChunk;
@@ -439,9 +439,9 @@ void backward_chunk(const DeltaRuleParams<Real>& params, const DeltaRuleGradient
 
 /// The backward pass of one value head over one sequence.
 template <class Real>
-void backward_head(const DeltaRuleParams<Real>& params, const DeltaRuleGradients<Real>& grads,
-                   std::int64_t n, std::int64_t value_head, FeatureSums<Real>& sums,
-                   ForwardBlock<Real>& block, BackwardScratch<Real>& s) {
+void backward_head(const RuleParams<Real>& params, const RuleGradients<Real>& grads, std::int64_t n,
+                   std::int64_t value_head, FeatureSums<Real>& sums, ForwardBlock<Real>& block,
+                   BackwardScratch<Real>& s) {
   const Shape& shape = params.shape;
   const Head head{params.sequence(n), value_head / params.value_heads_per_key_head(), value_head};
   const std::int64_t offset = params.state_offset(n, value_head);
@@ -483,7 +483,7 @@ void backward_head(const DeltaRuleParams<Real>& params, const DeltaRuleGradients
 /// The backward pass over all heads. A task is one key head with the value heads that read it, so
 /// that every gradient has one writer and one order of summation.
 template <class Real>
-void backward(const DeltaRuleParams<Real>& params, const DeltaRuleGradients<Real>& grads,
+void backward(const RuleParams<Real>& params, const RuleGradients<Real>& grads,
               const Executor& executor) {
   const Shape& shape = params.shape;
   const std::int64_t group = params.value_heads_per_key_head();

@@ -4,8 +4,8 @@
 #include "fastweights/core/chunkwise-inl.hpp"
 #include "fastweights/core/chunkwise_backward-inl.hpp"
 #include "fastweights/core/executor.hpp"
-#include "fastweights/core/params.hpp"
 #include "fastweights/core/recurrent-inl.hpp"
+#include "fastweights/core/rule.hpp"
 
 // The delta rule on raw memory, compiled for the instruction set that the including unit is
 // compiled for. `fastweights/core/cpu.hpp` has the same calls compiled for several, chosen at run
@@ -17,7 +17,7 @@ namespace fastweights::core {
 /// 2024). Reads everything in `params` but g, writes o and, if not null, final_state.
 /// Throws ShapeError. Real is float or double.
 template <class Real>
-void delta_rule(DeltaRuleParams<Real> params, const Executor& executor = serial_executor()) {
+void delta_rule(RuleParams<Real> params, const Executor& executor = serial_executor()) {
   params.g = {};
   check_params("delta_rule", params);
   HWY_NAMESPACE::forward(params, executor);
@@ -25,8 +25,7 @@ void delta_rule(DeltaRuleParams<Real> params, const Executor& executor = serial_
 
 /// The same token by token, with final_state, which must not be null, as the working state.
 template <class Real>
-void delta_rule_recurrent(DeltaRuleParams<Real> params,
-                          const Executor& executor = serial_executor()) {
+void delta_rule_recurrent(RuleParams<Real> params, const Executor& executor = serial_executor()) {
   params.g = {};
   check_params("delta_rule", params);
   HWY_NAMESPACE::recurrent(params, executor);
@@ -34,7 +33,7 @@ void delta_rule_recurrent(DeltaRuleParams<Real> params,
 
 /// Gradients of `delta_rule`. Throws ShapeError.
 template <class Real>
-void delta_rule_backward(DeltaRuleParams<Real> params, DeltaRuleGradients<Real> gradients,
+void delta_rule_backward(RuleParams<Real> params, RuleGradients<Real> gradients,
                          const Executor& executor = serial_executor()) {
   params.g = {};
   gradients.d_g = {};

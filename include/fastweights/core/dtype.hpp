@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace fastweights::core {
 
@@ -17,6 +18,13 @@ constexpr std::size_t size_of(DType dtype) {
     case DType::kBFloat16: return 2;
   }
   return 0;
+}
+
+/// The element type of the arithmetic: float or double.
+template <class Real>
+constexpr DType dtype_of() {
+  static_assert(std::is_same_v<Real, float> || std::is_same_v<Real, double>);
+  return std::is_same_v<Real, double> ? DType::kFloat64 : DType::kFloat32;
 }
 
 /// The name that PyTorch uses, for messages.

@@ -4,8 +4,8 @@
 #include "fastweights/core/chunkwise-inl.hpp"
 #include "fastweights/core/chunkwise_backward-inl.hpp"
 #include "fastweights/core/executor.hpp"
-#include "fastweights/core/params.hpp"
 #include "fastweights/core/recurrent-inl.hpp"
+#include "fastweights/core/rule.hpp"
 
 // The gated delta rule on raw memory, compiled for the instruction set that the including unit is
 // compiled for. `fastweights/core/cpu.hpp` has the same calls compiled for several, chosen at run
@@ -17,7 +17,7 @@ namespace fastweights::core {
 /// "Gated Delta Networks", eq. 10). Reads everything in `params`, writes o and, if not null,
 /// final_state. Throws ShapeError. Real is float or double.
 template <class Real>
-void gated_delta_rule(const DeltaRuleParams<Real>& params,
+void gated_delta_rule(const RuleParams<Real>& params,
                       const Executor& executor = serial_executor()) {
   check_gated_params(params);
   HWY_NAMESPACE::forward(params, executor);
@@ -25,7 +25,7 @@ void gated_delta_rule(const DeltaRuleParams<Real>& params,
 
 /// The same token by token, with final_state, which must not be null, as the working state.
 template <class Real>
-void gated_delta_rule_recurrent(const DeltaRuleParams<Real>& params,
+void gated_delta_rule_recurrent(const RuleParams<Real>& params,
                                 const Executor& executor = serial_executor()) {
   check_gated_params(params);
   HWY_NAMESPACE::recurrent(params, executor);
@@ -33,8 +33,7 @@ void gated_delta_rule_recurrent(const DeltaRuleParams<Real>& params,
 
 /// Gradients of `gated_delta_rule`. Throws ShapeError.
 template <class Real>
-void gated_delta_rule_backward(const DeltaRuleParams<Real>& params,
-                               const DeltaRuleGradients<Real>& gradients,
+void gated_delta_rule_backward(const RuleParams<Real>& params, const RuleGradients<Real>& gradients,
                                const Executor& executor = serial_executor()) {
   check_gated_params(params);
   HWY_NAMESPACE::backward(params, gradients, executor);

@@ -3,8 +3,6 @@
 #include <cstdint>
 #include <span>
 
-#include "fastweights/core/view.hpp"
-
 namespace fastweights::core {
 
 /// Sizes of one call: B batch rows, T tokens, H key heads, HV value heads (a multiple of H; value
@@ -46,38 +44,6 @@ struct Packing {
   std::int64_t state_offset(std::int64_t n, std::int64_t value_head) const {
     return (n * shape.HV + value_head) * shape.K * shape.V;
   }
-};
-
-/// Inputs and outputs of the (gated) delta rule; `Real`, float or double, is the type of the
-/// arithmetic and of the state. double goes with fp64 inputs, float with all others.
-template <class Real>
-struct DeltaRuleParams : Packing {
-  double scale = 1.0;          // of the output, usually 1 / sqrt(K)
-  bool use_qk_l2norm = false;  // q and k become x · rsqrt(Σx² + 1e-6)
-
-  ConstView q;     // [B, T, H, K]
-  ConstView k;     // [B, T, H, K]
-  ConstView v;     // [B, T, HV, V]
-  ConstView beta;  // [B, T, HV]
-  ConstView g;     // [B, T, HV] log-decay ≤ 0; null for the rule without a gate
-
-  const Real* initial_state = nullptr;  // [N, HV, K, V], null for zeros
-  Real* final_state = nullptr;  // [N, HV, K, V], null if not wanted; may equal initial_state
-  View o;                       // [B, T, HV, V]
-};
-
-/// Gradients of a loss with respect to everything that the forward call read. The views of the
-/// inputs lie in the forward call's `DeltaRuleParams`, whose `o` and `final_state` are not read.
-template <class Real>
-struct DeltaRuleGradients {
-  ConstView d_o;                        // [B, T, HV, V], null for zeros
-  const Real* d_final_state = nullptr;  // [N, HV, K, V], null for zeros
-  View d_q;                             // [B, T, H, K]
-  View d_k;                             // [B, T, H, K]
-  View d_v;                             // [B, T, HV, V]
-  View d_beta;                          // [B, T, HV]
-  View d_g;                             // [B, T, HV], null when there is no gate
-  Real* d_initial_state = nullptr;      // [N, HV, K, V], null if not wanted
 };
 
 }  // namespace fastweights::core

@@ -94,7 +94,7 @@ void step_token(const Token<Real>& token, std::int64_t keys, std::int64_t values
 
 /// Walks one head's sequence, with its state at `params.final_state`.
 template <class Real>
-void recurrent_head(const DeltaRuleParams<Real>& params, std::int64_t n, std::int64_t value_head) {
+void recurrent_head(const RuleParams<Real>& params, std::int64_t n, std::int64_t value_head) {
   const Shape& shape = params.shape;
   const Head head{params.sequence(n), value_head / params.value_heads_per_key_head(), value_head};
   const std::int64_t offset = params.state_offset(n, value_head);
@@ -123,7 +123,7 @@ void recurrent_head(const DeltaRuleParams<Real>& params, std::int64_t n, std::in
 
 /// The recurrent form over all heads. `params.final_state` must not be null.
 template <class Real>
-void recurrent(const DeltaRuleParams<Real>& params, const Executor& executor) {
+void recurrent(const RuleParams<Real>& params, const Executor& executor) {
   const std::int64_t heads = params.sequences() * params.shape.HV;
   executor.run(heads, [&](std::int64_t task) {
     recurrent_head(params, task / params.shape.HV, task % params.shape.HV);

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "fastweights/core/params.hpp"
+#include "fastweights/core/rule.hpp"
 
 // The oracle: the delta rules as they are written down, token by token in fp64, forward and
 // backward. Everything else in the library is tested against this or against its twin in Python.
@@ -43,8 +43,7 @@ struct Token {
   double decay = 1;
 };
 
-inline Token load(const DeltaRuleParams<double>& p, std::int64_t b, std::int64_t t,
-                  std::int64_t hv) {
+inline Token load(const RuleParams<double>& p, std::int64_t b, std::int64_t t, std::int64_t hv) {
   const std::int64_t h = hv / p.value_heads_per_key_head();
   Token token{row(p.q, b, t, h, p.shape.K), row(p.k, b, t, h, p.shape.K),
               row(p.v, b, t, hv, p.shape.V), scalar(p.beta, b, t, hv),
@@ -75,7 +74,7 @@ inline RowVector normalisation_gradient(const RowVector& x, const RowVector& d_y
 }  // namespace detail
 
 /// The rule of `params` (gated when it has g), writing o and, if not null, final_state.
-inline void forward(const DeltaRuleParams<double>& p) {
+inline void forward(const RuleParams<double>& p) {
   for (std::int64_t n = 0; n < p.sequences(); ++n) {
     const Sequence sequence = p.sequence(n);
     for (std::int64_t hv = 0; hv < p.shape.HV; ++hv) {
@@ -97,7 +96,7 @@ inline void forward(const DeltaRuleParams<double>& p) {
 namespace detail {
 
 /// Gradients of one token, from that of the state after it to that of the state before it.
-inline void backward_token(const DeltaRuleParams<double>& p, const DeltaRuleGradients<double>& d,
+inline void backward_token(const RuleParams<double>& p, const RuleGradients<double>& d,
                            std::int64_t b, std::int64_t t, std::int64_t hv, const Matrix& before,
                            const Matrix& after, Matrix& d_state) {
   const auto x = load(p, b, t, hv);
@@ -126,7 +125,7 @@ inline void backward_token(const DeltaRuleParams<double>& p, const DeltaRuleGrad
 
 /// Gradients of `forward`. d_q and d_k are added to, since value heads share them; clear them
 /// first.
-inline void backward(const DeltaRuleParams<double>& p, const DeltaRuleGradients<double>& d) {
+inline void backward(const RuleParams<double>& p, const RuleGradients<double>& d) {
   for (std::int64_t n = 0; n < p.sequences(); ++n) {
     const Sequence sequence = p.sequence(n);
     for (std::int64_t hv = 0; hv < p.shape.HV; ++hv) {

@@ -12,7 +12,7 @@ int main() {
   const std::array<float, 3> value = {2, -3, 5};
   const float beta = 1;
   std::array<float, 3> output = {};
-  fastweights::core::DeltaRuleParams<float> params;
+  fastweights::core::RuleParams<float> params;
   params.shape = {.B = 1, .T = 1, .H = 1, .HV = 1, .K = 4, .V = 3};
   params.q.data = key.data();
   params.k.data = key.data();
