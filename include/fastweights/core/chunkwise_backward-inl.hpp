@@ -106,29 +106,34 @@ struct BackwardScratch {
 /// advanced.
 template <class Real>
 void recompute_segment(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
-                       std::int64_t count, Real* state, ForwardBlock<Real>& block, Real* states,
-                       Real* errors) {
+                       std::int64_t count, Real* state, DeltaBlock<Real>& block,
+                       TokenBlock<Real>& rows, Real* states, Real* errors) {
+  using Form = DeltaForm<Emit::kError>;
   const Shape& shape = params.shape;
-  const std::int64_t panels = block.value_stride / kPanel<Real>;
-  const std::int64_t state_size = panels * shape.K * kPanel<Real>;
+  const std::int64_t stride = round_up(shape.V, kPanel<Real>);
+  const std::int64_t panels = stride / kPanel<Real>;
+  const std::int64_t panel_size = shape.K * kPanel<Real>;
   constexpr std::int64_t kSnapshot = kBackwardChunk / kChunk;
   for (std::int64_t done = 0; done < count; done += kBlock) {
     const std::int64_t tokens = std::min(kBlock, count - done);
-    pack_block(params, head, begin + done, tokens, block);
-    Real* block_errors =
-        errors != nullptr ? errors + done * block.value_stride : block.outputs.data();
+    Form::pack(params, head, begin + done, tokens, block);
+    rows.load(params, head, begin + done, tokens);
+    Real* block_errors = errors != nullptr ? errors + done * stride : rows.outputs;
     for (std::int64_t panel = 0; panel < panels; ++panel) {
-      Real* panel_state = state + panel * shape.K * kPanel<Real>;
+      Real* panel_state = state + panel * panel_size;
       for (std::int64_t chunk = 0; chunk * kChunk < tokens; ++chunk) {
         if (states != nullptr && chunk % kSnapshot == 0) {
           const std::int64_t index = done / kBackwardChunk + chunk / kSnapshot;
-          std::copy_n(panel_state, shape.K * kPanel<Real>,
-                      states + index * state_size + panel * shape.K * kPanel<Real>);
+          std::copy_n(panel_state, panel_size,
+                      states + (index * panels + panel) * panel_size);
         }
-        const std::int64_t row = chunk * kChunk * block.value_stride + panel * kPanel<Real>;
-        step_chunk<Emit::kError>(block.coefficients[chunk], block.packed(chunk), shape.K,
-                                 block.values.data() + row, block.value_stride, panel_state,
-                                 block_errors + row);
+        const std::int64_t token = chunk * kChunk;
+        const std::int64_t column = panel * kPanel<Real>;
+        Form::step(block, chunk, shape,
+                   ChunkRows<Real>{rows.values + token * rows.value_stride + column,
+                                   rows.value_stride, block_errors + token * stride + column,
+                                   stride},
+                   panel_state, static_cast<Real*>(nullptr));
       }
     }
   }
@@ -440,7 +445,7 @@ void backward_chunk(const RuleParams<Real>& params, const RuleGradients<Real>& g
 /// The backward pass of one value head over one sequence.
 template <class Real>
 void backward_head(const RuleParams<Real>& params, const RuleGradients<Real>& grads, std::int64_t n,
-                   std::int64_t value_head, FeatureSums<Real>& sums, ForwardBlock<Real>& block,
+                   std::int64_t value_head, FeatureSums<Real>& sums, DeltaBlock<Real>& block, TokenBlock<Real>& rows,
                    BackwardScratch<Real>& s) {
   const Shape& shape = params.shape;
   const Head head{params.sequence(n), value_head / params.value_heads_per_key_head(), value_head};
@@ -457,7 +462,7 @@ void backward_head(const RuleParams<Real>& params, const RuleGradients<Real>& gr
     Real* start = starts.data() + segment * s.state_size;
     std::copy_n(start, s.state_size, start + s.state_size);
     recompute_segment<Real>(params, head, segment * kSegment, kSegment, start + s.state_size, block,
-                            nullptr, nullptr);
+                            rows, nullptr, nullptr);
   }
 
   load_state(grads.d_final_state ? grads.d_final_state + offset : nullptr, shape, 0,
@@ -465,7 +470,7 @@ void backward_head(const RuleParams<Real>& params, const RuleGradients<Real>& gr
   for (std::int64_t segment = segments - 1; segment >= 0; --segment) {
     const std::int64_t begin = segment * kSegment;
     const std::int64_t count = std::min(kSegment, length - begin);
-    recompute_segment(params, head, begin, count, starts.data() + segment * s.state_size, block,
+    recompute_segment(params, head, begin, count, starts.data() + segment * s.state_size, block, rows,
                       s.states.data(), s.errors.data());
     const std::int64_t chunks = (count + kBackwardChunk - 1) / kBackwardChunk;
     for (std::int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
@@ -483,18 +488,21 @@ void backward_head(const RuleParams<Real>& params, const RuleGradients<Real>& gr
 /// The backward pass over all heads. A task is one key head with the value heads that read it, so
 /// that every gradient has one writer and one order of summation.
 template <class Real>
-void backward(const RuleParams<Real>& params, const RuleGradients<Real>& grads,
+void backward(const RuleParams<Real>& call, const RuleGradients<Real>& grads,
               const Executor& executor) {
+  RuleParams<Real> params = call;
+  params.o = {};  // what is recomputed goes nowhere
   const Shape& shape = params.shape;
   const std::int64_t group = params.value_heads_per_key_head();
   executor.run(params.sequences() * shape.H, [&](std::int64_t task) {
     const std::int64_t n = task / shape.H;
     const std::int64_t length = params.sequence(n).length;
     BackwardScratch<Real> scratch(shape, std::min(length, kSegment));
-    ForwardBlock<Real> block(shape);
+    DeltaBlock<Real> block(shape);
+    TokenBlock<Real> rows(shape);
     FeatureSums<Real> sums(group, length, scratch.key_stride);
     for (std::int64_t i = 0; i < group; ++i) {
-      backward_head(params, grads, n, task % shape.H * group + i, sums, block, scratch);
+      backward_head(params, grads, n, task % shape.H * group + i, sums, block, rows, scratch);
     }
   });
 }

@@ -8,17 +8,15 @@
 #define FASTWEIGHTS_CORE_DPLR_INL_HPP_
 #endif
 
-#include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "fastweights/core/aligned_buffer.hpp"
-#include "fastweights/core/chunkwise-inl.hpp"
-#include "fastweights/core/matrix-inl.hpp"
-#include "fastweights/core/rows-inl.hpp"
+#include "fastweights/core/panel_walk-inl.hpp"
 #include "fastweights/core/rule.hpp"
 
 HWY_BEFORE_NAMESPACE();
@@ -42,28 +40,10 @@ struct TokenRows {
   Real* decay;
 };
 
-/// out ← exp(in). −∞ becomes an exact zero, NaN stays NaN.
-template <class Real>
-void exp_row(const Real* in, std::int64_t size, Real* out) {
-  const Tag<Real> d;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
-  std::int64_t i = 0;
-  for (; i + lanes <= size; i += lanes) {
-    const auto x = hn::LoadU(d, in + i);
-    hn::StoreU(hn::IfThenElse(hn::Eq(x, x), hn::Exp(d, x), x), d, out + i);
-  }
-  for (; i < size; ++i) out[i] = std::exp(in[i]);
-}
-
 /// out ← a ⊙ b (out may be either).
 template <class Real>
 void multiply_rows(const Real* a, const Real* b, std::int64_t size, Real* out) {
   for (std::int64_t i = 0; i < size; ++i) out[i] = a[i] * b[i];
-}
-
-template <class Real>
-Head head_of(const RuleParams<Real>& params, std::int64_t n, std::int64_t value_head) {
-  return {params.sequence(n), value_head / params.value_heads_per_key_head(), value_head};
 }
 
 /// The decay factors of a token's channels: exp(g), 1 without a gate.
@@ -99,15 +79,15 @@ Real load_gate(const ConstView& view, const Head& head, std::int64_t token) {
 
 // ---- chunkwise ---------------------------------------------------------------------------------
 
-/// What the tokens of one chunk do to each other, and the columns of one packed row.
+/// What the tokens of one chunk do to each other, and the order of its packed rows.
 template <class Real, Correction kCorrection>
 struct DplrChunk {
   static constexpr bool kReads = kCorrection != Correction::kNone;
   static constexpr bool kTwoWrites = kCorrection == Correction::kGeneral;
-  static constexpr int kQueries = kReads ? kChunk : 0;  // first column of the queries; reads are 0
+  static constexpr int kQueries = kReads ? kChunk : 0;  // first row of the queries; reads are 0
   static constexpr int kKeys = kQueries + kChunk;
   static constexpr int kSecondKeys = kKeys + kChunk;
-  static constexpr int kColumns = kSecondKeys + (kTwoWrites ? kChunk : 0);
+  static constexpr int kRows = kSecondKeys + (kTwoWrites ? kChunk : 0);
 
   Real ak[kChunk][kChunk];  // a_i · Γ(j, i−1] k_j below the diagonal
   Real ab[kChunk][kChunk];  // the same with b_j
@@ -121,274 +101,225 @@ struct DplrBlock {
   using Chunk = DplrChunk<Real, kCorrection>;
 
   explicit DplrBlock(const Shape& shape)
-      : key_stride(round_up(shape.K, kPanel<Real>)),
-        value_stride(round_up(shape.V, kPanel<Real>)),
-        rows(size(5 * kChunk * key_stride)),
-        decayed(size(Chunk::kColumns * key_stride)),
-        running(size(key_stride)),
-        features(size(kChunksPerBlock * key_stride * Chunk::kColumns)),
-        decay(size(kChunksPerBlock * key_stride)),
-        values(size(kBlock * value_stride)),
-        outputs(size(kBlock * value_stride)) {
-    std::fill_n(rows.data(), 5 * kChunk * key_stride, Real{0});
-    std::fill_n(decayed.data(), Chunk::kColumns * key_stride, Real{0});
+      : padded_keys(round_up(shape.K, static_cast<std::int64_t>(hn::MaxLanes(Tag<Real>())))),
+        inputs(size(5 * kChunk * kRowStride<Real>)),
+        rows(size(kChunksPerBlock * Chunk::kRows * kRowStride<Real>)),
+        decay(size(kChunksPerBlock * kRowStride<Real>)) {
+    std::fill_n(inputs.data(), 5 * kChunk * kRowStride<Real>, Real{0});
   }
 
   static std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
   TokenRows<Real> token_rows(int i) {
-    Real* first = rows.data() + i * key_stride;
-    const std::int64_t step = kChunk * key_stride;
-    return {first, first + step, first + 2 * step, first + 3 * step, first + 4 * step};
+    Real* first = inputs.data() + i * kRowStride<Real>;
+    constexpr std::int64_t kStep = kChunk * kRowStride<Real>;
+    return {first, first + kStep, first + 2 * kStep, first + 3 * kStep, first + 4 * kStep};
   }
-  Real* decayed_row(int column) { return decayed.data() + column * key_stride; }
-  Real* packed(std::int64_t chunk) {
-    return features.data() + chunk * key_stride * Chunk::kColumns;
+  Real* packed(std::int64_t chunk, int row) {
+    return rows.data() + (chunk * Chunk::kRows + row) * kRowStride<Real>;
   }
-  Real* chunk_decay(std::int64_t chunk) { return decay.data() + chunk * key_stride; }
+  Real* chunk_decay(std::int64_t chunk) { return decay.data() + chunk * kRowStride<Real>; }
 
-  std::int64_t key_stride;
-  std::int64_t value_stride;
-  AlignedBuffer<Real> rows;      // [q k a b decay, C, key_stride]: the chunk being packed
-  AlignedBuffer<Real> decayed;   // [columns, key_stride]
-  AlignedBuffer<Real> running;   // [key_stride]
-  AlignedBuffer<Real> features;  // [chunks, key_stride, columns]
-  AlignedBuffer<Real> decay;     // [chunks, key_stride]: γ_C
-  AlignedBuffer<Real> values;    // [kBlock, value_stride]
-  AlignedBuffer<Real> outputs;   // [kBlock, value_stride]
+  std::int64_t padded_keys;     // K in whole vectors
+  AlignedBuffer<Real> inputs;   // [q k a b decay, C, kRowStride]: the chunk being packed
+  AlignedBuffer<Real> rows;     // [chunks, kRows, kRowStride]
+  AlignedBuffer<Real> decay;    // [chunks, kRowStride]: γ_C
   Chunk chunks[kChunksPerBlock];
 };
 
 /// Products of written row j with the reading rows of the tokens from j on:
-/// with_a[i] = a_i · Γ(j, i−1] w for i > j, with_q[i] = q_i · Γ(j, i] w for i ≥ j. `stride` parts
-/// the rows of successive tokens.
-template <bool kReads, class Real>
-HWY_NOINLINE void multiply_decayed(const TokenRows<Real>& first, std::int64_t stride,
-                                   const Real* written, int j, std::int64_t keys,
-                                   Real* HWY_RESTRICT with_a, Real* HWY_RESTRICT with_q) {
+/// with_a[i] = a_i · Γ(j, i−1] w for i > j, with_q[i] = q_i · Γ(j, i] w for i ≥ j.
+template <bool kReads, int kFirst, class Real>
+HWY_INLINE void multiply_decayed(const TokenRows<Real>& first, const Real* written,
+                                 std::int64_t keys, Real (&with_a)[kChunk][kChunk],
+                                 Real (&with_q)[kChunk][kChunk]) {
   const Tag<Real> d;
   constexpr auto kLanes = static_cast<std::int64_t>(hn::MaxLanes(d));
-  hn::Vec<decltype(d)> a_sum[kChunk];
-  hn::Vec<decltype(d)> q_sum[kChunk];
-#pragma GCC unroll 8
-  for (int i = 0; i < kChunk; ++i) a_sum[i] = q_sum[i] = hn::Zero(d);
+  constexpr std::int64_t kStride = kRowStride<Real>;
+  Vector<Real> sums[2 * kChunk];  // with a, then with q
+#pragma GCC unroll 16
+  for (int i = 0; i < 2 * kChunk; ++i) sums[i] = hn::Zero(d);
   for (std::int64_t c = 0; c < keys; c += kLanes) {  // rows are padded with zeros
     auto w = hn::Load(d, written + c);
-    const std::int64_t at = j * stride + c;
-    q_sum[0] = hn::MulAdd(hn::Load(d, first.q + at), w, q_sum[0]);
-    for (int i = 1; i < kChunk - j; ++i) {
-      const std::int64_t later = at + i * stride;
-      if constexpr (kReads) a_sum[i] = hn::MulAdd(hn::Load(d, first.a + later), w, a_sum[i]);
-      w = hn::Mul(w, hn::Load(d, first.decay + later));
-      q_sum[i] = hn::MulAdd(hn::Load(d, first.q + later), w, q_sum[i]);
+#pragma GCC unroll 8
+    for (int i = kFirst; i < kChunk; ++i) {
+      const std::int64_t at = i * kStride + c;
+      if (i > kFirst) {
+        if constexpr (kReads) sums[i] = hn::MulAdd(hn::Load(d, first.a + at), w, sums[i]);
+        w = hn::Mul(w, hn::Load(d, first.decay + at));
+      }
+      sums[kChunk + i] = hn::MulAdd(hn::Load(d, first.q + at), w, sums[kChunk + i]);
     }
   }
-  for (int i = 0; i < kChunk - j; ++i) {
-    with_q[j + i] = hn::GetLane(hn::SumOfLanes(d, q_sum[i]));
-    if constexpr (kReads) with_a[j + i] = hn::GetLane(hn::SumOfLanes(d, a_sum[i]));
+  alignas(64) Real dots[2 * kChunk];
+  sum_each(d, sums, 2 * kChunk, dots);
+  for (int i = kFirst; i < kChunk; ++i) {
+    with_a[i][kFirst] = dots[i];
+    with_q[i][kFirst] = dots[kChunk + i];
   }
 }
 
-/// Decays the rows of a loaded chunk to its start or end and packs them by channel.
-template <class Real, Correction kCorrection>
-void pack_chunk(DplrBlock<Real, kCorrection>& block, std::int64_t chunk, std::int64_t keys) {
-  using Chunk = DplrChunk<Real, kCorrection>;
-  Real* running = block.running.data();
-  std::fill_n(running, keys, Real{1});
-  for (int i = 0; i < kChunk; ++i) {
-    const auto x = block.token_rows(i);
-    if constexpr (Chunk::kReads) multiply_rows(x.a, running, keys, block.decayed_row(i));
-    multiply_rows(running, x.decay, keys, running);
-    multiply_rows(x.q, running, keys, block.decayed_row(Chunk::kQueries + i));
-  }
-  std::copy_n(running, keys, block.chunk_decay(chunk));
-  std::fill_n(running, keys, Real{1});
-  for (int i = kChunk - 1; i >= 0; --i) {
-    const auto x = block.token_rows(i);
-    multiply_rows(x.k, running, keys, block.decayed_row(Chunk::kKeys + i));
-    if constexpr (Chunk::kTwoWrites) {
-      multiply_rows(x.b, running, keys, block.decayed_row(Chunk::kSecondKeys + i));
-    }
-    multiply_rows(running, x.decay, keys, running);
-  }
-  transpose(block.decayed.data(), block.key_stride, Chunk::kColumns, keys, block.packed(chunk),
-            Chunk::kColumns);
+template <bool kReads, class Real>
+HWY_NOINLINE void multiply_all_decayed(const TokenRows<Real>& first, const Real* written,
+                                       std::int64_t keys, Real (&with_a)[kChunk][kChunk],
+                                       Real (&with_q)[kChunk][kChunk]) {
+  const auto columns = [&]<int... kColumn>(std::integer_sequence<int, kColumn...>) HWY_ATTR {
+    (multiply_decayed<kReads, kColumn>(first, written + kColumn * kRowStride<Real>, keys, with_a,
+                                       with_q),
+     ...);
+  };
+  columns(std::make_integer_sequence<int, kChunk>());
+}
 
-  const auto first = block.token_rows(0);
+/// Decays the rows of a loaded chunk to its start or end.
+template <class Real, Correction kCorrection>
+void pack_chunk(DplrBlock<Real, kCorrection>& block, std::int64_t chunk) {
+  using Chunk = DplrChunk<Real, kCorrection>;
+  const Tag<Real> d;
+  constexpr auto kLanes = static_cast<std::int64_t>(hn::MaxLanes(d));
+  constexpr std::int64_t kStride = kRowStride<Real>;
+  const auto x = block.token_rows(0);
+  Real* reads = block.packed(chunk, 0);
+  Real* queries = block.packed(chunk, Chunk::kQueries);
+  Real* keys = block.packed(chunk, Chunk::kKeys);
+  Real* second = keys + kChunk * kStride;  // there only with two writes
+  for (std::int64_t c = 0; c < block.padded_keys; c += kLanes) {
+    auto running = hn::Set(d, Real{1});
+#pragma GCC unroll 8
+    for (int i = 0; i < kChunk; ++i) {
+      const std::int64_t at = i * kStride + c;
+      if constexpr (Chunk::kReads) {
+        hn::Store(hn::Mul(running, hn::Load(d, x.a + at)), d, reads + at);
+      }
+      running = hn::Mul(running, hn::Load(d, x.decay + at));
+      hn::Store(hn::Mul(running, hn::Load(d, x.q + at)), d, queries + at);
+    }
+    hn::Store(running, d, block.chunk_decay(chunk) + c);
+    running = hn::Set(d, Real{1});
+#pragma GCC unroll 8
+    for (int i = kChunk - 1; i >= 0; --i) {
+      const std::int64_t at = i * kStride + c;
+      hn::Store(hn::Mul(running, hn::Load(d, x.k + at)), d, keys + at);
+      if constexpr (Chunk::kTwoWrites) {
+        hn::Store(hn::Mul(running, hn::Load(d, x.b + at)), d, second + at);
+      }
+      running = hn::Mul(running, hn::Load(d, x.decay + at));
+    }
+  }
   auto& out = block.chunks[chunk];
-  for (int j = 0; j < kChunk; ++j) {
-    Real with_a[kChunk] = {};
-    Real with_q[kChunk] = {};
-    const auto x = block.token_rows(j);
-    multiply_decayed<Chunk::kReads>(first, block.key_stride, x.k, j, keys, with_a, with_q);
-    for (int i = j; i < kChunk; ++i) {
-      out.ak[i][j] = with_a[i];
-      out.qk[i][j] = with_q[i];
-    }
-    if constexpr (Chunk::kTwoWrites) {
-      multiply_decayed<true>(first, block.key_stride, x.b, j, keys, with_a, with_q);
-      for (int i = j; i < kChunk; ++i) {
-        out.ab[i][j] = with_a[i];
-        out.qb[i][j] = with_q[i];
-      }
-    }
-  }
-}
-
-/// Packs tokens [begin, begin + count) of a head. Missing tokens of the last chunk write nothing
-/// and do not decay.
-template <class Rule, class Real>
-void pack_block(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
-                std::int64_t count, DplrBlock<Real, Rule::kCorrection>& block) {
-  const std::int64_t keys = params.shape.K;
-  for (std::int64_t chunk = 0; chunk * kChunk < count; ++chunk) {
-    for (int i = 0; i < kChunk; ++i) {
-      const std::int64_t token = chunk * kChunk + i;
-      const auto x = block.token_rows(i);
-      Real* value = block.values.data() + token * block.value_stride;
-      if (token < count) {
-        const std::int64_t t = head.sequence.begin + begin + token;
-        Rule::load(params, head, t, x);
-        load_padded_row(params.v, head.sequence.batch, t, head.value_head, params.shape.V,
-                        block.value_stride, value);
-      } else {
-        for (Real* row : {x.q, x.k, x.a, x.b}) std::fill_n(row, keys, Real{0});
-        std::fill_n(x.decay, keys, Real{1});
-        std::fill_n(value, block.value_stride, Real{0});
-      }
-    }
-    pack_chunk(block, chunk, keys);
-  }
-}
-
-/// S ← Diag(decay) S + Σ_i k_i w_iᵀ over the C packed rows; a null `decay` keeps S.
-template <int kColumns, class Real>
-HWY_INLINE void write_rows(Real* HWY_RESTRICT state, const Real* HWY_RESTRICT features,
-                           std::int64_t keys, const Real* HWY_RESTRICT decay,
-                           const Vector<Real> (&writes)[kChunk][kPanelVectors]) {
-  const Tag<Real> d;
-  constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
-  Vector<Real> w[kChunk][kPanelVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kChunk; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kPanelVectors; ++j) w[i][j] = writes[i][j];
-  }
-  for (std::int64_t r = 0; r < keys; ++r, state += kPanel<Real>, features += kColumns) {
-    Vector<Real> row[kPanelVectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < kPanelVectors; ++j) {
-      row[j] = hn::Load(d, state + j * kLanes);
-      if (decay != nullptr) row[j] = hn::Mul(hn::Set(d, decay[r]), row[j]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kChunk; ++i) {
-      const auto x = hn::Set(d, features[i]);
-#pragma GCC unroll 2
-      for (int j = 0; j < kPanelVectors; ++j) row[j] = hn::MulAdd(x, w[i][j], row[j]);
-    }
-#pragma GCC unroll 2
-    for (int j = 0; j < kPanelVectors; ++j) hn::Store(row[j], d, state + j * kLanes);
-  }
-}
-
-/// One chunk on one panel of the state; `values` and `outputs` point at the panel's first column.
-template <class Real, Correction kCorrection>
-HWY_INLINE void step_dplr_chunk(const DplrChunk<Real, kCorrection>& c, const Real* packed,
-                                const Real* decay, std::int64_t keys, const Real* values,
-                                std::int64_t value_stride, Real* state, Real* outputs) {
-  using Chunk = DplrChunk<Real, kCorrection>;
-  constexpr int kColumns = Chunk::kColumns;
-  constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
-  const Tag<Real> d;
-  const auto value = [&](int i, int j)
-                         HWY_ATTR { return hn::Load(d, values + i * value_stride + j * kLanes); };
-  Vector<Real> writes[kChunk][kPanelVectors];  // of the keys k
-  Vector<Real> reads[kChunk][kPanelVectors];   // Sᵀa, then what b writes
-  Vector<Real> queried[kChunk][kPanelVectors];
-  if constexpr (Chunk::kReads) read_state<kColumns>(state, packed, keys, reads);
-  read_state<kColumns>(state, packed + Chunk::kQueries, keys, queried);
-
-  for (int i = 0; i < kChunk; ++i) {
-    for (int j = 0; j < kPanelVectors; ++j) {
-      if constexpr (kCorrection == Correction::kNone) {
-        writes[i][j] = value(i, j);
-      } else if constexpr (kCorrection == Correction::kDelta) {
-        auto error = hn::Sub(value(i, j), reads[i][j]);
-        for (int before = 0; before < i; ++before) {
-          error = hn::NegMulAdd(hn::Set(d, c.ak[i][before]), writes[before][j], error);
-        }
-        writes[i][j] = error;
-      } else {
-        writes[i][j] = value(i, j);
-        auto read = reads[i][j];
-        for (int before = 0; before < i; ++before) {
-          read = hn::MulAdd(hn::Set(d, c.ab[i][before]), reads[before][j], read);
-          read = hn::MulAdd(hn::Set(d, c.ak[i][before]), writes[before][j], read);
-        }
-        reads[i][j] = read;
-      }
-    }
-  }
-  for (int i = 0; i < kChunk; ++i) {
-    for (int j = 0; j < kPanelVectors; ++j) {
-      auto output = queried[i][j];
-      for (int before = 0; before <= i; ++before) {
-        output = hn::MulAdd(hn::Set(d, c.qk[i][before]), writes[before][j], output);
-        if constexpr (Chunk::kTwoWrites) {
-          output = hn::MulAdd(hn::Set(d, c.qb[i][before]), reads[before][j], output);
-        }
-      }
-      hn::Store(output, d, outputs + i * value_stride + j * kLanes);
-    }
-  }
-  write_rows<kColumns>(state, packed + Chunk::kKeys, keys, decay, writes);
+  multiply_all_decayed<Chunk::kReads>(x, x.k, block.padded_keys, out.ak, out.qk);
   if constexpr (Chunk::kTwoWrites) {
-    write_rows<kColumns, Real>(state, packed + Chunk::kSecondKeys, keys, nullptr, reads);
+    multiply_all_decayed<true>(x, x.b, block.padded_keys, out.ab, out.qb);
   }
 }
 
-/// Runs `panels` panels of one head over its whole sequence.
-template <class Rule, class Real>
-void dplr_forward_head(const RuleParams<Real>& params, std::int64_t n, std::int64_t value_head,
-                       std::int64_t first_panel, std::int64_t panels) {
-  const Shape& shape = params.shape;
-  const Head head = head_of(params, n, value_head);
-  const std::int64_t offset = params.state_offset(n, value_head);
-  const std::int64_t first_column = first_panel * kPanel<Real>;
-  const std::int64_t columns = std::min(panels * kPanel<Real>, shape.V - first_column);
+/// `Rule` on packed tokens.
+template <class Rule>
+struct DplrForm {
+  static constexpr int kStates = 1;
+  static constexpr Correction kCorrection = Rule::kCorrection;
+  template <class Real>
+  using Block = DplrBlock<Real, kCorrection>;
 
-  AlignedBuffer<Real> state(static_cast<std::size_t>(panels * shape.K * kPanel<Real>));
-  const Real* initial = params.initial_state ? params.initial_state + offset : nullptr;
-  load_state(initial, shape, first_panel, panels, state.data());
-  DplrBlock<Real, Rule::kCorrection> block(shape);
-  for (std::int64_t begin = 0; begin < head.sequence.length; begin += kBlock) {
-    const std::int64_t count = std::min(kBlock, head.sequence.length - begin);
-    pack_block<Rule>(params, head, begin, count, block);
-    for (std::int64_t panel = 0; panel < panels; ++panel) {
-      Real* panel_state = state.data() + panel * shape.K * kPanel<Real>;
-      const std::int64_t column = first_column + panel * kPanel<Real>;
-      for (std::int64_t chunk = 0; chunk * kChunk < count; ++chunk) {
-        const std::int64_t row = chunk * kChunk * block.value_stride + column;
-        step_dplr_chunk(block.chunks[chunk], block.packed(chunk), block.chunk_decay(chunk), shape.K,
-                        block.values.data() + row, block.value_stride, panel_state,
-                        block.outputs.data() + row);
+  /// Missing tokens of the last chunk write nothing and do not decay.
+  template <class Real>
+  static void pack(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
+                   std::int64_t count, Block<Real>& block) {
+    const std::int64_t keys = params.shape.K;
+    for (std::int64_t chunk = 0; chunk * kChunk < count; ++chunk) {
+      for (int i = 0; i < kChunk; ++i) {
+        const std::int64_t token = chunk * kChunk + i;
+        const auto x = block.token_rows(i);
+        if (token < count) {
+          Rule::load(params, head, head.sequence.begin + begin + token, x);
+        } else {
+          for (Real* row : {x.q, x.k, x.a, x.b}) std::fill_n(row, keys, Real{0});
+          std::fill_n(x.decay, keys, Real{1});
+        }
+      }
+      pack_chunk(block, chunk);
+    }
+  }
+
+  template <class Real>
+  static HWY_INLINE void step(Block<Real>& block, std::int64_t chunk, const Shape& shape,
+                              const ChunkRows<Real>& rows, Real* state, Real* /*second*/) {
+    using Chunk = DplrChunk<Real, kCorrection>;
+    constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
+    const Tag<Real> d;
+    const Chunk& c = block.chunks[chunk];
+    const auto value = [&](int i, int j) HWY_ATTR {
+      return hn::LoadU(d, rows.values + i * rows.value_stride + j * kLanes);
+    };
+    Vector<Real> reads[kChunk][kPanelVectors];   // Sᵀa, then what b writes
+    Vector<Real> writes[kChunk][kPanelVectors];  // of the keys k
+    if constexpr (Chunk::kReads) {
+      read_state(state, kPanel<Real>, block.packed(chunk, 0), shape.K, reads);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kChunk; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kPanelVectors; ++j) {
+        writes[i][j] = value(i, j);
+        if constexpr (kCorrection == Correction::kDelta) {
+          writes[i][j] = hn::Sub(writes[i][j], reads[i][j]);
+        }
       }
     }
-    store_outputs(params.o, head, begin, count, block.outputs.data(), block.value_stride,
-                  first_column, columns);
+    // What is known is taken to all later tokens at once: a chain of C steps, not of C²/2.
+    if constexpr (Chunk::kReads) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kChunk; ++i) {
+#pragma GCC unroll 8
+        for (int later = i + 1; later < kChunk; ++later) {
+          const auto ak = hn::Set(d, c.ak[later][i]);
+#pragma GCC unroll 2
+          for (int j = 0; j < kPanelVectors; ++j) {
+            if constexpr (kCorrection == Correction::kDelta) {
+              writes[later][j] = hn::NegMulAdd(ak, writes[i][j], writes[later][j]);
+            } else {
+              const auto ab = hn::Set(d, c.ab[later][i]);
+              reads[later][j] = hn::MulAdd(ak, writes[i][j], reads[later][j]);
+              reads[later][j] = hn::MulAdd(ab, reads[i][j], reads[later][j]);
+            }
+          }
+        }
+      }
+    }
+    Vector<Real> outputs[kChunk][kPanelVectors];
+    read_state(state, kPanel<Real>, block.packed(chunk, Chunk::kQueries), shape.K, outputs);
+#pragma GCC unroll 8
+    for (int i = 0; i < kChunk; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kPanelVectors; ++j) {
+        auto output = outputs[i][j];
+#pragma GCC unroll 8
+        for (int before = 0; before <= i; ++before) {
+          output = hn::MulAdd(hn::Set(d, c.qk[i][before]), writes[before][j], output);
+          if constexpr (Chunk::kTwoWrites) {
+            output = hn::MulAdd(hn::Set(d, c.qb[i][before]), reads[before][j], output);
+          }
+        }
+        hn::StoreU(output, d, rows.outputs + i * rows.output_stride + j * kLanes);
+      }
+    }
+    const Real* factors = block.chunk_decay(chunk);
+    const auto decay = [factors, d](std::int64_t r, Vector<Real> row) HWY_ATTR {
+      return hn::Mul(hn::Set(d, factors[r]), row);
+    };
+    const auto keep = [](std::int64_t, Vector<Real> row) HWY_ATTR { return row; };
+    write_state(state, kPanel<Real>, block.packed(chunk, Chunk::kKeys), shape.K, decay, writes);
+    if constexpr (Chunk::kTwoWrites) {
+      write_state(state, kPanel<Real>, block.packed(chunk, Chunk::kSecondKeys), shape.K, keep,
+                  reads);
+    }
   }
-  if (params.final_state != nullptr) {
-    store_state(state.data(), shape, first_panel, panels, params.final_state + offset);
-  }
-}
+};
 
 /// The chunkwise form of `Rule`.
 template <class Rule, class Real>
 void dplr_forward(const RuleParams<Real>& params, const Executor& executor) {
-  for_each_column_slice<Real>(params, executor, [&](auto n, auto head, auto first, auto panels) {
-    dplr_forward_head<Rule>(params, n, head, first, panels);
-  });
+  forward_chunkwise<DplrForm<Rule>>(params, executor);
 }
 
 // ---- recurrent ---------------------------------------------------------------------------------

@@ -68,38 +68,31 @@ struct MomentumChunk {
 /// Packed inputs of up to `kBlock` tokens of one head.
 template <class Real>
 struct MomentumBlock {
-  static constexpr int kQueries = kChunk;
+  static constexpr int kQueries = kChunk;  // rows: what is read with, queries, keys
   static constexpr int kKeys = 2 * kChunk;
-  static constexpr int kColumns = 3 * kChunk;
+  static constexpr int kRows = 3 * kChunk;
 
   explicit MomentumBlock(const Shape& shape)
-      : key_stride(round_up(shape.K, kPanel<Real>)),
-        value_stride(round_up(shape.V, kPanel<Real>)),
-        rows(size(kColumns * key_stride)),
-        features(size(kChunksPerBlock * key_stride * kColumns)),
-        values(size(kBlock * value_stride)),
-        outputs(size(kBlock * value_stride)) {
-    std::fill_n(rows.data(), kColumns * key_stride, Real{0});
+      : padded_keys(round_up(shape.K, static_cast<std::int64_t>(hn::MaxLanes(Tag<Real>())))),
+        rows(static_cast<std::size_t>(kChunksPerBlock * kRows * kRowStride<Real>)) {
+    std::fill_n(rows.data(), kChunksPerBlock * kRows * kRowStride<Real>, Real{0});
   }
 
-  static std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
-  Real* row(int column) { return rows.data() + column * key_stride; }
-  Real* packed(std::int64_t chunk) { return features.data() + chunk * key_stride * kColumns; }
+  Real* row(std::int64_t chunk, int row) {
+    return rows.data() + (chunk * kRows + row) * kRowStride<Real>;
+  }
 
-  std::int64_t key_stride;
-  std::int64_t value_stride;
-  AlignedBuffer<Real> rows;      // [p q k, C, key_stride]: the chunk being packed
-  AlignedBuffer<Real> features;  // [chunks, key_stride, columns]
-  AlignedBuffer<Real> values;    // [kBlock, value_stride]
-  AlignedBuffer<Real> outputs;   // [kBlock, value_stride]
+  std::int64_t padded_keys;  // K in whole vectors
+  AlignedBuffer<Real> rows;  // [chunks, kRows, kRowStride]
   MomentumChunk<Real> chunks[kChunksPerBlock];
 };
 
 /// Fills a chunk's coefficients from its gates and the packed rows' products.
 template <class Real>
 void relate_momentum_tokens(const MomentumGates<Real> (&gates)[kChunk], MomentumBlock<Real>& block,
-                            MomentumChunk<Real>& c) {
+                            std::int64_t chunk) {
   using Block = MomentumBlock<Real>;
+  auto& c = block.chunks[chunk];
   c.state[0] = 1;
   c.momentum[0] = 0;
   Real mu_product = 1;
@@ -111,174 +104,142 @@ void relate_momentum_tokens(const MomentumGates<Real> (&gates)[kChunk], Momentum
   }
   c.last_momentum = mu_product;
   for (int j = 0; j < kChunk; ++j) {
-    const Real* k = block.row(Block::kKeys + j);
+    const Real* k = block.row(chunk, Block::kKeys + j);
+    Vector<Real> sums[2 * kChunk];  // with p_i, then with q_i
+    alignas(64) Real dots[2 * kChunk];
+    add_dots<kChunk>(k, block.row(chunk, 0), block.padded_keys, sums);
+    add_dots<kChunk>(k, block.row(chunk, Block::kQueries), block.padded_keys, sums + kChunk);
+    sum_each(Tag<Real>(), sums, 2 * kChunk, dots);
     Real w = gates[j].beta;
     Real mu = 1;
-    c.qk[j][j] = w * dot(block.row(Block::kQueries + j), k, block.key_stride);
+    c.qk[j][j] = w * dots[kChunk + j];
     for (int i = j + 1; i < kChunk; ++i) {
-      c.pk[i][j] = w * dot(block.row(i), k, block.key_stride);
+      c.pk[i][j] = w * dots[i];
       mu *= gates[i].mu;
       w = gates[i].decay * w + gates[i].beta * mu;
-      c.qk[i][j] = w * dot(block.row(Block::kQueries + i), k, block.key_stride);
+      c.qk[i][j] = w * dots[kChunk + i];
     }
     c.w_last[j] = w;
     c.to_end[j] = mu;
   }
 }
 
-/// Packs tokens [begin, begin + count) of a head. Missing tokens of the last chunk change nothing.
-template <class Real>
-void pack_momentum_block(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
-                         std::int64_t count, MomentumBlock<Real>& block) {
+/// The momentum delta rule on packed tokens.
+struct MomentumForm {
+  static constexpr int kStates = 2;
+  template <class Real>
   using Block = MomentumBlock<Real>;
-  const std::int64_t keys = params.shape.K;
-  for (std::int64_t chunk = 0; chunk * kChunk < count; ++chunk) {
-    MomentumGates<Real> gates[kChunk];
-    for (int i = 0; i < kChunk; ++i) {
-      const std::int64_t token = chunk * kChunk + i;
-      Real* p = block.row(i);
-      Real* q = block.row(Block::kQueries + i);
-      Real* k = block.row(Block::kKeys + i);
-      Real* value = block.values.data() + token * block.value_stride;
-      if (token < count) {
-        const std::int64_t t = head.sequence.begin + begin + token;
-        load_momentum_rows(params, head, t, q, k, p);
-        gates[i] = load_momentum_gates(params, head, t);
-        load_padded_row(params.v, head.sequence.batch, t, head.value_head, params.shape.V,
-                        block.value_stride, value);
-      } else {
-        for (Real* row : {p, q, k}) std::fill_n(row, keys, Real{0});
-        std::fill_n(value, block.value_stride, Real{0});
-        gates[i] = {};
-      }
-    }
-    transpose(block.rows.data(), block.key_stride, Block::kColumns, keys, block.packed(chunk),
-              Block::kColumns);
-    relate_momentum_tokens(gates, block, block.chunks[chunk]);
-  }
-}
 
-/// out ← first · out + second · other + Σ_i k_i w_iᵀ over the C packed rows; a null `other` is
-/// zero.
-template <int kColumns, class Real>
-HWY_INLINE void mix_and_write(Real* HWY_RESTRICT out, Real first, const Real* HWY_RESTRICT other,
-                              Real second, const Real* HWY_RESTRICT features, std::int64_t keys,
-                              const Vector<Real> (&writes)[kChunk][kPanelVectors]) {
-  const Tag<Real> d;
-  constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
-  const auto keep = hn::Set(d, first);
-  const auto take = hn::Set(d, second);
-  for (std::int64_t r = 0; r < keys; ++r, features += kColumns) {
-    for (int j = 0; j < kPanelVectors; ++j) {
-      const std::int64_t at = r * kPanel<Real> + j * kLanes;
-      auto row = hn::Mul(keep, hn::Load(d, out + at));
-      if (other != nullptr) row = hn::MulAdd(take, hn::Load(d, other + at), row);
-#pragma GCC unroll 8
+  /// Missing tokens of the last chunk change nothing.
+  template <class Real>
+  static void pack(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
+                   std::int64_t count, MomentumBlock<Real>& block) {
+    const std::int64_t keys = params.shape.K;
+    for (std::int64_t chunk = 0; chunk * kChunk < count; ++chunk) {
+      MomentumGates<Real> gates[kChunk];
       for (int i = 0; i < kChunk; ++i) {
-        row = hn::MulAdd(hn::Set(d, features[i]), writes[i][j], row);
+        const std::int64_t token = chunk * kChunk + i;
+        Real* p = block.row(chunk, i);
+        Real* q = block.row(chunk, MomentumBlock<Real>::kQueries + i);
+        Real* k = block.row(chunk, MomentumBlock<Real>::kKeys + i);
+        if (token < count) {
+          const std::int64_t t = head.sequence.begin + begin + token;
+          load_momentum_rows(params, head, t, q, k, p);
+          gates[i] = load_momentum_gates(params, head, t);
+        } else {
+          for (Real* row : {p, q, k}) std::fill_n(row, keys, Real{0});
+          gates[i] = {};
+        }
       }
-      hn::Store(row, d, out + at);
+      relate_momentum_tokens(gates, block, chunk);
     }
   }
-}
 
-/// One chunk on one panel of S and M; `values` and `outputs` point at the panel's first column.
-template <class Real>
-HWY_INLINE void step_momentum_chunk(const MomentumChunk<Real>& c, const Real* packed,
-                                    std::int64_t keys, const Real* values,
-                                    std::int64_t value_stride, Real* state, Real* momentum,
-                                    Real* outputs) {
-  using Block = MomentumBlock<Real>;
-  constexpr int kColumns = Block::kColumns;
-  constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
-  const Tag<Real> d;
-  Vector<Real> of_state[kChunk][kPanelVectors];
-  Vector<Real> of_momentum[kChunk][kPanelVectors];
-  Vector<Real> writes[kChunk][kPanelVectors];  // u
-  read_state<kColumns>(state, packed, keys, of_state);
-  read_state<kColumns>(momentum, packed, keys, of_momentum);
-  for (int i = 0; i < kChunk; ++i) {
-    for (int j = 0; j < kPanelVectors; ++j) {
-      auto error = hn::Load(d, values + i * value_stride + j * kLanes);
-      error = hn::NegMulAdd(hn::Set(d, c.state[i]), of_state[i][j], error);
-      error = hn::NegMulAdd(hn::Set(d, c.momentum[i]), of_momentum[i][j], error);
-      for (int before = 0; before < i; ++before) {
-        error = hn::NegMulAdd(hn::Set(d, c.pk[i][before]), writes[before][j], error);
+  template <class Real>
+  static HWY_INLINE void step(MomentumBlock<Real>& block, std::int64_t chunk, const Shape& shape,
+                              const ChunkRows<Real>& rows, Real* state, Real* momentum) {
+    using Block = MomentumBlock<Real>;
+    constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
+    const Tag<Real> d;
+    const auto& c = block.chunks[chunk];
+    Vector<Real> of_state[kChunk][kPanelVectors];
+    Vector<Real> of_momentum[kChunk][kPanelVectors];
+    Vector<Real> writes[kChunk][kPanelVectors];  // errors, then u
+    read_state(state, kPanel<Real>, block.row(chunk, 0), shape.K, of_state);
+    read_state(momentum, kPanel<Real>, block.row(chunk, 0), shape.K, of_momentum);
+#pragma GCC unroll 8
+    for (int i = 0; i < kChunk; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kPanelVectors; ++j) {
+        auto error = hn::LoadU(d, rows.values + i * rows.value_stride + j * kLanes);
+        error = hn::NegMulAdd(hn::Set(d, c.state[i]), of_state[i][j], error);
+        writes[i][j] = hn::NegMulAdd(hn::Set(d, c.momentum[i]), of_momentum[i][j], error);
       }
-      writes[i][j] = hn::Mul(hn::Set(d, c.eta[i]), error);
     }
-  }
-  read_state<kColumns>(state, packed + Block::kQueries, keys, of_state);
-  read_state<kColumns>(momentum, packed + Block::kQueries, keys, of_momentum);
-  for (int i = 0; i < kChunk; ++i) {
-    for (int j = 0; j < kPanelVectors; ++j) {
-      auto output = hn::Mul(hn::Set(d, c.state[i + 1]), of_state[i][j]);
-      output = hn::MulAdd(hn::Set(d, c.momentum[i + 1]), of_momentum[i][j], output);
-      for (int before = 0; before <= i; ++before) {
-        output = hn::MulAdd(hn::Set(d, c.qk[i][before]), writes[before][j], output);
+#pragma GCC unroll 8
+    for (int i = 0; i < kChunk; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kPanelVectors; ++j) {
+        writes[i][j] = hn::Mul(hn::Set(d, c.eta[i]), writes[i][j]);
       }
-      hn::Store(output, d, outputs + i * value_stride + j * kLanes);
+#pragma GCC unroll 8
+      for (int later = i + 1; later < kChunk; ++later) {
+        const auto product = hn::Set(d, c.pk[later][i]);
+#pragma GCC unroll 2
+        for (int j = 0; j < kPanelVectors; ++j) {
+          writes[later][j] = hn::NegMulAdd(product, writes[i][j], writes[later][j]);
+        }
+      }
     }
-  }
-  for (int i = 0; i < kChunk; ++i) {
-    for (int j = 0; j < kPanelVectors; ++j) {
-      of_state[i][j] = hn::Mul(hn::Set(d, c.w_last[i]), writes[i][j]);
-      of_momentum[i][j] = hn::Mul(hn::Set(d, c.to_end[i]), writes[i][j]);
+    const Real* queries = block.row(chunk, Block::kQueries);
+    read_state(state, kPanel<Real>, queries, shape.K, of_state);
+    read_state(momentum, kPanel<Real>, queries, shape.K, of_momentum);
+    for (int i = 0; i < kChunk; ++i) {
+      for (int j = 0; j < kPanelVectors; ++j) {
+        auto output = hn::Mul(hn::Set(d, c.state[i + 1]), of_state[i][j]);
+        output = hn::MulAdd(hn::Set(d, c.momentum[i + 1]), of_momentum[i][j], output);
+        for (int before = 0; before <= i; ++before) {
+          output = hn::MulAdd(hn::Set(d, c.qk[i][before]), writes[before][j], output);
+        }
+        hn::StoreU(output, d, rows.outputs + i * rows.output_stride + j * kLanes);
+      }
     }
+    for (int i = 0; i < kChunk; ++i) {
+      for (int j = 0; j < kPanelVectors; ++j) {
+        of_state[i][j] = hn::Mul(hn::Set(d, c.w_last[i]), writes[i][j]);
+        of_momentum[i][j] = hn::Mul(hn::Set(d, c.to_end[i]), writes[i][j]);
+      }
+    }
+    const Real* keys = block.row(chunk, Block::kKeys);
+    mix_panel(momentum, c.momentum[kChunk], c.state[kChunk], shape.K, state);
+    const auto keep = [](std::int64_t, Vector<Real> row) HWY_ATTR { return row; };
+    write_state(state, kPanel<Real>, keys, shape.K, keep, of_state);
+    const auto factor = hn::Set(d, c.last_momentum);
+    const auto decay = [factor](std::int64_t, Vector<Real> row) HWY_ATTR {
+      return hn::Mul(factor, row);
+    };
+    write_state(momentum, kPanel<Real>, keys, shape.K, decay, of_momentum);
   }
-  const Real* key = packed + Block::kKeys;
-  mix_and_write<kColumns, Real>(state, c.state[kChunk], momentum, c.momentum[kChunk], key, keys,
-                                of_state);
-  mix_and_write<kColumns, Real>(momentum, c.last_momentum, nullptr, Real{0}, key, keys,
-                                of_momentum);
-}
 
-template <class Real>
-void momentum_forward_head(const RuleParams<Real>& params, std::int64_t n, std::int64_t value_head,
-                           std::int64_t first_panel, std::int64_t panels) {
-  const Shape& shape = params.shape;
-  const Head head = head_of(params, n, value_head);
-  const std::int64_t offset = params.state_offset(n, value_head);
-  const std::int64_t first_column = first_panel * kPanel<Real>;
-  const std::int64_t columns = std::min(panels * kPanel<Real>, shape.V - first_column);
-  const std::int64_t panel_size = shape.K * kPanel<Real>;
-
-  AlignedBuffer<Real> state(static_cast<std::size_t>(panels * panel_size));
-  AlignedBuffer<Real> momentum(static_cast<std::size_t>(panels * panel_size));
-  load_state(params.initial_state ? params.initial_state + offset : nullptr, shape, first_panel,
-             panels, state.data());
-  load_state(params.initial_momentum ? params.initial_momentum + offset : nullptr, shape,
-             first_panel, panels, momentum.data());
-  MomentumBlock<Real> block(shape);
-  for (std::int64_t begin = 0; begin < head.sequence.length; begin += kBlock) {
-    const std::int64_t count = std::min(kBlock, head.sequence.length - begin);
-    pack_momentum_block(params, head, begin, count, block);
-    for (std::int64_t panel = 0; panel < panels; ++panel) {
-      const std::int64_t column = first_column + panel * kPanel<Real>;
-      for (std::int64_t chunk = 0; chunk * kChunk < count; ++chunk) {
-        const std::int64_t row = chunk * kChunk * block.value_stride + column;
-        step_momentum_chunk(block.chunks[chunk], block.packed(chunk), shape.K,
-                            block.values.data() + row, block.value_stride,
-                            state.data() + panel * panel_size, momentum.data() + panel * panel_size,
-                            block.outputs.data() + row);
-      }
+  /// S ← keep · S + take · M on one panel.
+  template <class Real>
+  static HWY_INLINE void mix_panel(const Real* HWY_RESTRICT momentum, Real take,
+                                                 Real keep, std::int64_t keys,
+                                                 Real* HWY_RESTRICT state) {
+    const Tag<Real> d;
+    constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
+    const auto first = hn::Set(d, keep);
+    const auto second = hn::Set(d, take);
+    for (std::int64_t at = 0; at < keys * kPanel<Real>; at += kLanes) {
+      const auto kept = hn::Mul(first, hn::Load(d, state + at));
+      hn::Store(hn::MulAdd(second, hn::Load(d, momentum + at), kept), d, state + at);
     }
-    store_outputs(params.o, head, begin, count, block.outputs.data(), block.value_stride,
-                  first_column, columns);
   }
-  if (params.final_state != nullptr) {
-    store_state(state.data(), shape, first_panel, panels, params.final_state + offset);
-  }
-  if (params.final_momentum != nullptr) {
-    store_state(momentum.data(), shape, first_panel, panels, params.final_momentum + offset);
-  }
-}
+};
 
 template <class Real>
 void momentum_forward(const RuleParams<Real>& params, const Executor& executor) {
-  for_each_column_slice<Real>(params, executor, [&](auto n, auto head, auto first, auto panels) {
-    momentum_forward_head(params, n, head, first, panels);
-  });
+  forward_chunkwise<MomentumForm>(params, executor);
 }
 
 // ---- recurrent ---------------------------------------------------------------------------------

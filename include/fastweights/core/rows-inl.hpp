@@ -7,6 +7,7 @@
 #define FASTWEIGHTS_CORE_ROWS_INL_HPP_
 #endif
 
+#include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
 #include <Eigen/Core>
@@ -133,7 +134,12 @@ Real dot(const Real* HWY_RESTRICT a, const Real* HWY_RESTRICT b, std::int64_t si
 /// out ← factor · in (in may be out).
 template <class Real>
 void scale_row(const Real* in, Real factor, std::int64_t size, Real* out) {
-  for (std::int64_t i = 0; i < size; ++i) out[i] = factor * in[i];
+  const hn::ScalableTag<Real> d;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  const auto f = hn::Set(d, factor);
+  std::int64_t i = 0;
+  for (; i + lanes <= size; i += lanes) hn::StoreU(hn::Mul(f, hn::LoadU(d, in + i)), d, out + i);
+  for (; i < size; ++i) out[i] = factor * in[i];
 }
 
 /// out ← out + factor · in.
@@ -148,6 +154,60 @@ void add_scaled_row(const Real* HWY_RESTRICT in, Real factor, std::int64_t size,
     hn::StoreU(hn::MulAdd(f, hn::LoadU(d, in + i), hn::LoadU(d, out + i)), d, out + i);
   }
   for (; i < size; ++i) out[i] += factor * in[i];
+}
+
+/// out[i] ← the sum over the lanes of sums[i]; `count` is a multiple of 16 bytes' worth of sums.
+#if HWY_TARGET == HWY_SCALAR
+template <class D>
+HWY_INLINE void sum_each(D /*d*/, const hn::Vec<D>* sums, int count, hn::TFromD<D>* out) {
+  for (int i = 0; i < count; ++i) out[i] = hn::GetLane(sums[i]);
+}
+#else
+/// Sums of the lanes of two (double) or four (float) vectors in each block of 16 bytes.
+HWY_INLINE hn::Vec<hn::ScalableTag<double>> sum_blocks(hn::ScalableTag<double> d,
+                                                       const hn::Vec<hn::ScalableTag<double>>* v) {
+  return hn::Add(hn::InterleaveLower(d, v[0], v[1]), hn::InterleaveUpper(d, v[0], v[1]));
+}
+
+HWY_INLINE hn::Vec<hn::ScalableTag<float>> sum_blocks(hn::ScalableTag<float> d,
+                                                      const hn::Vec<hn::ScalableTag<float>>* v) {
+  const hn::Repartition<double, decltype(d)> dd;
+  const auto add = [&](auto a, auto b) HWY_ATTR {
+    return hn::BitCast(dd, hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b)));
+  };
+  const auto ab = add(v[0], v[1]);
+  const auto cd = add(v[2], v[3]);
+  return hn::Add(hn::BitCast(d, hn::InterleaveLower(dd, ab, cd)),
+                 hn::BitCast(d, hn::InterleaveUpper(dd, ab, cd)));
+}
+
+template <class D>
+HWY_INLINE void sum_each(D d, const hn::Vec<D>* sums, int count, hn::TFromD<D>* out) {
+  using Real = hn::TFromD<D>;
+  constexpr int kGroup = 16 / sizeof(Real);
+  constexpr int kBlocks = static_cast<int>(hn::MaxLanes(d)) / kGroup;
+  const hn::FixedTag<Real, kGroup> block;
+  alignas(64) Real parts[hn::MaxLanes(d)];
+  for (int i = 0; i < count; i += kGroup) {
+    hn::Store(sum_blocks(d, sums + i), d, parts);
+    auto total = hn::Load(block, parts);
+    for (int b = 1; b < kBlocks; ++b) total = hn::Add(total, hn::Load(block, parts + b * kGroup));
+    hn::StoreU(total, block, out + i);
+  }
+}
+#endif
+
+/// out ← exp(in) (out may be in). −∞ becomes an exact zero, NaN stays NaN.
+template <class Real>
+void exp_row(const Real* in, std::int64_t size, Real* out) {
+  const hn::ScalableTag<Real> d;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  std::int64_t i = 0;
+  for (; i + lanes <= size; i += lanes) {
+    const auto x = hn::LoadU(d, in + i);
+    hn::StoreU(hn::IfThenElse(hn::Eq(x, x), hn::Exp(d, x), x), d, out + i);
+  }
+  for (; i < size; ++i) out[i] = std::exp(in[i]);
 }
 
 /// 1 / ‖row‖ as `use_qk_l2norm` has it: rsqrt(Σx² + 1e-6).
