@@ -1,6 +1,7 @@
 """Fast-weight memories for PyTorch: rules, layers, and sessions that learn while they read.
 
 - `fastweights.ops`: the rules as differentiable operators.
+- `fastweights.fla`: the operators by the functions of flash-linear-attention.
 - `fastweights.nn`: layers and the language model as torch.nn.Module.
 - `fastweights.load_model`, `fastweights.save_model`: model folders, the same in C++ and Python.
 - `fastweights.Session`: a running model that learns from what it reads and from what it writes.
@@ -16,7 +17,7 @@ if torch.__version__.split(".")[:2] != TORCH_VERSION.split(".")[:2]:
         "install that torch, or build fastweights again with this one"
     )
 
-from . import errors, io, nn, ops
+from . import errors, fla, io, nn, ops
 from .errors import Cancelled, Error, FileError, ShapeError, StateMismatch
 from .io import load_model, save_model
 from .session import Session
@@ -31,6 +32,7 @@ __all__ = [
     "ShapeError",
     "StateMismatch",
     "errors",
+    "fla",
     "io",
     "load_model",
     "nn",

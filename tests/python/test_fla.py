@@ -703,6 +703,8 @@ def test_shapes_are_checked_by_the_operator(name: str) -> None:
 def test_integers_are_refused(name: str) -> None:
     x = make(name)
     for key in x:
+        if name == "fused_mul_recurrent_rwkv7" and key == "a":
+            continue  # only a factor of what the operator gets
         with pytest.raises(ShapeError, match="must be"):
             call(name, x | {key: x[key].to(torch.int64)})
 
