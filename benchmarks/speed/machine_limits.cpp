@@ -1,5 +1,5 @@
 // Measures what bounds every kernel on this machine, and prints it as JSON: multiply-add throughput
-// in fp32 and the rate of copying, in cache and out of it.
+// in fp32 and the rates of copying and of reading, in cache and out of it.
 //
 // usage: machine_limits [THREADS]
 
@@ -44,6 +44,24 @@ double multiply_add(std::int64_t steps, float* result) {
   return 2.0 * kChains * static_cast<double>(hn::Lanes(d)) * static_cast<double>(steps);
 }
 
+/// The sum of `count` floats, a multiple of 1024.
+float sum(const float* from, std::int64_t count) {
+  constexpr int kChains = 8;
+  const hn::ScalableTag<float> d;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  hn::Vec<decltype(d)> sums[kChains];
+  for (auto& each : sums) each = hn::Zero(d);
+  for (std::int64_t at = 0; at < count; at += kChains * lanes) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kChains; ++i) {
+      sums[i] = hn::Add(sums[i], hn::LoadU(d, from + at + i * lanes));
+    }
+  }
+  auto total = hn::Zero(d);
+  for (const auto& each : sums) total = hn::Add(total, each);
+  return hn::GetLane(hn::SumOfLanes(d, total));
+}
+
 }  // namespace limits::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -52,6 +70,7 @@ HWY_AFTER_NAMESPACE();
 namespace limits {
 
 HWY_EXPORT(multiply_add);
+HWY_EXPORT(sum);
 
 using Clock = std::chrono::steady_clock;
 
@@ -107,6 +126,21 @@ double copy_rate(int threads, std::size_t bytes) {
   return static_cast<double>(repeats * bytes * count) / seconds;
 }
 
+/// Bytes read a second, `bytes` for each thread at a time.
+double read_rate(int threads, std::size_t bytes) {
+  const auto repeats = std::max<std::size_t>(1, (std::size_t{1} << 31) / bytes);
+  const auto count = static_cast<std::size_t>(threads);
+  std::vector<std::vector<float>> from(count, std::vector<float>(bytes / sizeof(float), 1.0f));
+  std::vector<float> results(count * 16);
+  const double seconds = best_seconds(threads, 3, [&](int thread) {
+    const auto i = static_cast<std::size_t>(thread);
+    for (std::size_t r = 0; r < repeats; ++r) {
+      results[i * 16] += HWY_DYNAMIC_DISPATCH(sum)(from[i].data(), std::ssize(from[i]));
+    }
+  });
+  return static_cast<double>(repeats * bytes * count) / seconds;
+}
+
 }  // namespace limits
 
 int main(int argc, char** argv) {
@@ -119,7 +153,8 @@ int main(int argc, char** argv) {
       {"threads", threads},
       {"multiply_add_flop_per_second", limits::multiply_add_rate(threads)},
       {"copy_bytes_per_second_in_cache", limits::copy_rate(threads, std::size_t{256} << 10)},
-      {"copy_bytes_per_second_in_memory", limits::copy_rate(threads, std::size_t{256} << 20)}};
+      {"copy_bytes_per_second_in_memory", limits::copy_rate(threads, std::size_t{256} << 20)},
+      {"read_bytes_per_second_in_memory", limits::read_rate(threads, std::size_t{256} << 20)}};
   std::cout << figures.dump(1) << '\n';
   return EXIT_SUCCESS;
 }
