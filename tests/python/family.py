@@ -61,9 +61,11 @@ def make(family: FamilyCase) -> Tensors:
         x["g"] = base.g
     if rule in CHANNEL_GATES:
         gate = uniform(*gates, keys)
-        draws = {"mild": -gate, "0": 0 * gate, "-50": 0 * gate - 50.0}
         mixed = torch.where(gate < 0.2, -torch.inf, -(gate**4))
-        x["g"] = draws.get(case.gate, mixed).to(base.beta.dtype)
+        draws = {"mild": -gate, "mixed": mixed}
+        draws["forgetting"] = torch.where(gate < 0.1, -torch.inf, -gate)
+        chosen = draws.get(case.gate)
+        x["g"] = (0 * gate + float(case.gate) if chosen is None else chosen).to(base.beta.dtype)
     if rule in ("generalized_delta_rule", "rwkv7"):
         # RWKV-7's a and b, and something across: neither is a multiple of the other.
         direction = normalize(normal(rows, tokens, heads, keys), dim=-1)
