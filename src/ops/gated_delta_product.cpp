@@ -75,6 +75,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const OptionalTensor& initial_state, bool output_final_state,
                                    const OptionalTensor& cu_seqlens, bool use_qk_l2norm) {
   const Steps steps = steps_of(q, k, v, g, beta, num_householder);
+  if (cu_seqlens) detail::check_packing(kRule, q, *cu_seqlens);
   if (initial_state) {
     detail::check_state(kRule, "initial_state", *initial_state, q, v,
                         cu_seqlens.value_or(Tensor()));

@@ -228,18 +228,25 @@ def _ordinary(rule: str, sizes: Sizes, generator: torch.Generator) -> Tensors:
     return x
 
 
-def call(rule: str, x: Tensors, use_qk_l2norm: bool = False) -> Results:
-    """o and the final states by name."""
+def arguments(rule: str, x: Tensors) -> tuple[list[Any], Any]:
+    """Positional arguments of a call, and its initial state."""
     positional: list[Any] = [x.get(name) for name in NAMES[rule]]
     if rule == "gated_delta_product":
         positional.append(family.WRITES)
     state: Any = x.get("initial_state")
     if rule == "momentum_delta_rule" and state is not None:
         state = (state, x["initial_momentum"])
-    o, final = getattr(ops, rule)(
-        *positional, initial_state=state, output_final_state=True, use_qk_l2norm=use_qk_l2norm
+    return positional, state
+
+
+def call(rule: str, x: Tensors, use_qk_l2norm: bool = False) -> Results:
+    """o and the final states by name."""
+    positional, state = arguments(rule, x)
+    return named(
+        *getattr(ops, rule)(
+            *positional, initial_state=state, output_final_state=True, use_qk_l2norm=use_qk_l2norm
+        )
     )
-    return _named(o, final if isinstance(final, tuple) else (final,))
 
 
 def call_recurrent(rule: str, x: Tensors, use_qk_l2norm: bool = False) -> Results:
@@ -257,18 +264,19 @@ def call_recurrent(rule: str, x: Tensors, use_qk_l2norm: bool = False) -> Result
     else:
         writes = [family.WRITES] * (rule == "gated_delta_product")
         o = function(*positional, *states, *writes, use_qk_l2norm=use_qk_l2norm)
-    return _named(o, tuple(states))
+    return named(o, tuple(states))
 
 
 def expected(rule: str, x: Tensors, use_qk_l2norm: bool = False) -> Results:
     """The same by the oracle, token by token in fp64."""
     if rule in family.NAMES:
-        return _named(*family.expected(rule, x, use_qk_l2norm=use_qk_l2norm))
-    o, state = oracle.delta_rule(**x, use_qk_l2norm=use_qk_l2norm)
-    return _named(o, (state,))
+        return named(*family.expected(rule, x, use_qk_l2norm=use_qk_l2norm))
+    return named(*oracle.delta_rule(**x, use_qk_l2norm=use_qk_l2norm))
 
 
-def _named(o: Tensor, states: tuple[Tensor, ...]) -> Results:
+def named(o: Tensor, states: Tensor | tuple[Tensor, ...]) -> Results:
+    """Outputs by name, of a rule with one state or with two."""
+    states = states if isinstance(states, tuple) else (states,)
     return {"o": o} | dict(zip(STATES, states, strict=False))
 
 

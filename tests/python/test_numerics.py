@@ -1,5 +1,5 @@
-"""Extreme gates, strengths, keys and values: outputs, states and gradients of every rule against the
-fp64 oracle, with the tolerances of comparison.py. benchmarks/numerics measures the same regimes."""
+"""Extreme gates, strengths, keys and values: outputs, states and gradients of every rule against
+the fp64 oracle, with the tolerances of comparison.py. benchmarks/numerics measures the same."""
 
 import pytest
 import torch
@@ -109,7 +109,7 @@ def test_what_writes_nothing_changes_no_bit_of_the_state(rule: str, cause: str) 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_values_of_any_scale_have_the_same_rounding(rule: str) -> None:
-    """The rules are linear in v and in the states: a power of two passes through without a trace."""
+    """The rules are linear in v and in the states: a power of two leaves no trace."""
     x, factor = ordinary(rule), 2.0**60
     scaled = {name: x[name] * factor for name in x if name == "v" or name.startswith("initial")}
     one, two = call(rule, x), call(rule, x | scaled)
