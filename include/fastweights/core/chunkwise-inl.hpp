@@ -119,6 +119,7 @@ enum class Emit {
 template <Emit kEmit>
 struct DeltaForm {
   static constexpr int kStates = 1;
+  static constexpr int kReads = kEmit == Emit::kOutput ? 2 : 1;
   template <class Real>
   using Block = DeltaBlock<Real>;
 
@@ -152,13 +153,14 @@ struct DeltaForm {
 
   template <class Real>
   static HWY_INLINE void step(DeltaBlock<Real>& block, std::int64_t chunk, const Shape& shape,
-                              const ChunkRows<Real>& rows, Real* state, Real* /*second*/) {
+                              const ChunkRows<Real>& rows, RowPrefetch<Real>& prefetch,
+                              Real* state, Real* /*second*/) {
     const Tag<Real> d;
     constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
     const auto& c = block.coefficients[chunk];
     const Real* keys = block.keys(chunk);
     Vector<Real> writes[kChunk][kPanelVectors];  // reads of the keys, then e, then u
-    read_state(state, kPanel<Real>, keys, shape.K, writes);
+    read_state(state, kPanel<Real>, keys, shape.K, prefetch, writes);
     const auto value = [&](int i, int j) HWY_ATTR {
       return hn::LoadU(d, rows.values + i * rows.value_stride + j * kLanes);
     };
@@ -191,7 +193,7 @@ struct DeltaForm {
     }
     if constexpr (kEmit == Emit::kOutput) {
       Vector<Real> outputs[kChunk][kPanelVectors];
-      read_state(state, kPanel<Real>, block.queries(chunk), shape.K, outputs);
+      read_state(state, kPanel<Real>, block.queries(chunk), shape.K, prefetch, outputs);
 #pragma GCC unroll 8
       for (int i = 0; i < kChunk; ++i) {
 #pragma GCC unroll 2

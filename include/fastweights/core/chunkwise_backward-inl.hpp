@@ -114,6 +114,7 @@ void recompute_segment(const RuleParams<Real>& params, const Head& head, std::in
   const std::int64_t panels = stride / kPanel<Real>;
   const std::int64_t panel_size = shape.K * kPanel<Real>;
   constexpr std::int64_t kSnapshot = kBackwardChunk / kChunk;
+  RowPrefetch<Real> prefetch;
   for (std::int64_t done = 0; done < count; done += kBlock) {
     const std::int64_t tokens = std::min(kBlock, count - done);
     Form::pack(params, head, begin + done, tokens, block);
@@ -133,7 +134,7 @@ void recompute_segment(const RuleParams<Real>& params, const Head& head, std::in
                    ChunkRows<Real>{rows.values + token * rows.value_stride + column,
                                    rows.value_stride, block_errors + token * stride + column,
                                    stride},
-                   panel_state, static_cast<Real*>(nullptr));
+                   prefetch, panel_state, static_cast<Real*>(nullptr));
       }
     }
   }

@@ -217,6 +217,7 @@ void pack_chunk(DplrBlock<Real, kCorrection>& block, std::int64_t chunk) {
 template <class Rule>
 struct DplrForm {
   static constexpr int kStates = 1;
+  static constexpr int kReads = Rule::kCorrection == Correction::kNone ? 1 : 2;
   static constexpr Correction kCorrection = Rule::kCorrection;
   template <class Real>
   using Block = DplrBlock<Real, kCorrection>;
@@ -243,7 +244,8 @@ struct DplrForm {
 
   template <class Real>
   static HWY_INLINE void step(Block<Real>& block, std::int64_t chunk, const Shape& shape,
-                              const ChunkRows<Real>& rows, Real* state, Real* /*second*/) {
+                              const ChunkRows<Real>& rows, RowPrefetch<Real>& prefetch,
+                              Real* state, Real* /*second*/) {
     using Chunk = DplrChunk<Real, kCorrection>;
     constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
     const Tag<Real> d;
@@ -254,7 +256,7 @@ struct DplrForm {
     Vector<Real> reads[kChunk][kPanelVectors];   // Sᵀa, then what b writes
     Vector<Real> writes[kChunk][kPanelVectors];  // of the keys k
     if constexpr (Chunk::kReads) {
-      read_state(state, kPanel<Real>, block.packed(chunk, 0), shape.K, reads);
+      read_state(state, kPanel<Real>, block.packed(chunk, 0), shape.K, prefetch, reads);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kChunk; ++i) {
@@ -287,7 +289,7 @@ struct DplrForm {
       }
     }
     Vector<Real> outputs[kChunk][kPanelVectors];
-    read_state(state, kPanel<Real>, block.packed(chunk, Chunk::kQueries), shape.K, outputs);
+    read_state(state, kPanel<Real>, block.packed(chunk, Chunk::kQueries), shape.K, prefetch, outputs);
 #pragma GCC unroll 8
     for (int i = 0; i < kChunk; ++i) {
 #pragma GCC unroll 2

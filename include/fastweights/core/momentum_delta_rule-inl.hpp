@@ -127,6 +127,7 @@ void relate_momentum_tokens(const MomentumGates<Real> (&gates)[kChunk], Momentum
 /// The momentum delta rule on packed tokens.
 struct MomentumForm {
   static constexpr int kStates = 2;
+  static constexpr int kReads = 4;
   template <class Real>
   using Block = MomentumBlock<Real>;
 
@@ -157,7 +158,8 @@ struct MomentumForm {
 
   template <class Real>
   static HWY_INLINE void step(MomentumBlock<Real>& block, std::int64_t chunk, const Shape& shape,
-                              const ChunkRows<Real>& rows, Real* state, Real* momentum) {
+                              const ChunkRows<Real>& rows, RowPrefetch<Real>& prefetch,
+                              Real* state, Real* momentum) {
     using Block = MomentumBlock<Real>;
     constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
     const Tag<Real> d;
@@ -165,8 +167,8 @@ struct MomentumForm {
     Vector<Real> of_state[kChunk][kPanelVectors];
     Vector<Real> of_momentum[kChunk][kPanelVectors];
     Vector<Real> writes[kChunk][kPanelVectors];  // errors, then u
-    read_state(state, kPanel<Real>, block.row(chunk, 0), shape.K, of_state);
-    read_state(momentum, kPanel<Real>, block.row(chunk, 0), shape.K, of_momentum);
+    read_state(state, kPanel<Real>, block.row(chunk, 0), shape.K, prefetch, of_state);
+    read_state(momentum, kPanel<Real>, block.row(chunk, 0), shape.K, prefetch, of_momentum);
 #pragma GCC unroll 8
     for (int i = 0; i < kChunk; ++i) {
 #pragma GCC unroll 2
@@ -192,8 +194,8 @@ struct MomentumForm {
       }
     }
     const Real* queries = block.row(chunk, Block::kQueries);
-    read_state(state, kPanel<Real>, queries, shape.K, of_state);
-    read_state(momentum, kPanel<Real>, queries, shape.K, of_momentum);
+    read_state(state, kPanel<Real>, queries, shape.K, prefetch, of_state);
+    read_state(momentum, kPanel<Real>, queries, shape.K, prefetch, of_momentum);
     for (int i = 0; i < kChunk; ++i) {
       for (int j = 0; j < kPanelVectors; ++j) {
         auto output = hn::Mul(hn::Set(d, c.state[i + 1]), of_state[i][j]);

@@ -108,12 +108,90 @@ void load_decays(const RuleParams<Real>& params, const Head& head, std::int64_t 
   exp_row(out, kBlock, out);
 }
 
+// ---- rows to come ------------------------------------------------------------------------------
+
+/// Asks for the rows of the tokens that come next while the present ones are worked on: rows of one
+/// head lie far apart, and no hardware guesses them. `tick` is called often and evenly, since only
+/// a dozen lines can be under way at once.
+template <class Real>
+class RowPrefetch {
+ public:
+  /// Aims at tokens [begin, begin + count) of a head, to be asked for in `ticks` ticks.
+  void aim(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
+           std::int64_t count, std::int64_t ticks) {
+    streams_ = 0;
+    const std::int64_t keys = params.shape.K;
+    std::int64_t lines = 0;
+    const auto add = [&](const auto& view, std::int64_t h, std::int64_t size) {
+      if (!view || count == 0) return;
+      const auto bytes = static_cast<std::int64_t>(size_of(view.dtype));
+      const void* first = view.at(head.sequence.batch, head.sequence.begin + begin, h);
+      stream_[streams_++] = {static_cast<const std::byte*>(first), view.time_stride * bytes,
+                             size * bytes};
+      lines += (size * bytes + kLine - 1) / kLine;
+    };
+    for (const ConstView* view : {&params.q, &params.k, &params.a, &params.b, &params.p}) {
+      add(*view, head.key_head, keys);
+    }
+    add(params.v, head.value_head, params.shape.V);
+    if (params.channel_gate) add(params.g, head.value_head, keys);
+    add(params.o, head.value_head, params.shape.V);
+    rows_ = streams_ * count;
+    row_ = 0;
+    credit_ = 0;
+    rate_ = static_cast<std::int32_t>(std::min<std::int64_t>(kOne, kOne * lines * count / ticks));
+    line_ = end_ = nullptr;
+  }
+
+  HWY_INLINE void tick() {
+    credit_ += rate_;
+    if (credit_ < kOne) return;
+    credit_ -= kOne;
+    if (line_ >= end_ && !next_row()) return;
+    __builtin_prefetch(line_, 0, 2);
+    line_ += kLine;
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  static constexpr std::int32_t kOne = 1 << 16;
+
+  struct Stream {
+    const std::byte* first;
+    std::int64_t stride;
+    std::int64_t bytes;
+  };
+
+  HWY_NOINLINE bool next_row() {
+    if (row_ >= rows_) {
+      rate_ = 0;
+      return false;
+    }
+    const Stream& stream = stream_[row_ % streams_];
+    line_ = stream.first + row_ / streams_ * stream.stride;
+    end_ = line_ + stream.bytes;
+    ++row_;
+    return true;
+  }
+
+  Stream stream_[8];
+  std::int64_t streams_ = 0;
+  std::int64_t rows_ = 0;
+  std::int64_t row_ = 0;
+  const std::byte* line_ = nullptr;
+  const std::byte* end_ = nullptr;
+  std::int32_t credit_ = 0;
+  std::int32_t rate_ = 0;
+};
+
 // ---- the state -----------------------------------------------------------------------------------
 
 /// reads[i] ← Sᵀ x_i for C packed rows. Row r of the panel begins at `state + r · state_stride`.
+/// Ticks once for every two rows.
 template <class Real>
 HWY_INLINE void read_state(const Real* HWY_RESTRICT state, std::int64_t state_stride,
                            const Real* HWY_RESTRICT rows, std::int64_t keys,
+                           RowPrefetch<Real>& prefetch,
                            Vector<Real> (&reads)[kChunk][kPanelVectors]) {
   const Tag<Real> d;
   constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
@@ -139,6 +217,7 @@ HWY_INLINE void read_state(const Real* HWY_RESTRICT state, std::int64_t state_st
   for (; r + 2 <= keys; r += 2) {
     add_row(r);
     add_row(r + 1);
+    prefetch.tick();
   }
   if (r < keys) add_row(r);
 #pragma GCC unroll 8
@@ -273,60 +352,6 @@ void for_each_head_group(const Packing& call, const Executor& executor, const Bo
   });
 }
 
-/// Asks for the rows of the tokens that come next while the present ones are worked on: rows of one
-/// head lie far apart, and no hardware guesses them.
-template <class Real>
-class RowPrefetch {
- public:
-  /// Aims at tokens [begin, begin + count) of a head, to be asked for in `steps` steps.
-  void aim(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
-           std::int64_t count, std::int64_t steps) {
-    streams_ = 0;
-    token_ = 0;
-    count_ = count;
-    per_step_ = (count + steps - 1) / steps;
-    const std::int64_t keys = params.shape.K;
-    const auto add = [&](const auto& view, std::int64_t h, std::int64_t size) {
-      if (!view || count == 0) return;
-      const auto bytes = static_cast<std::int64_t>(size_of(view.dtype));
-      stream_[streams_++] = {static_cast<const std::byte*>(view.at(
-                                 head.sequence.batch, head.sequence.begin + begin, h)),
-                             view.time_stride * bytes, size * bytes};
-    };
-    for (const ConstView* view : {&params.q, &params.k, &params.a, &params.b, &params.p}) {
-      add(*view, head.key_head, keys);
-    }
-    add(params.v, head.value_head, params.shape.V);
-    if (params.channel_gate) add(params.g, head.value_head, keys);
-    add(params.o, head.value_head, params.shape.V);
-  }
-
-  void step() {
-    constexpr std::int64_t kLine = 64;
-    const std::int64_t end = std::min(count_, token_ + per_step_);
-    for (; token_ < end; ++token_) {
-      for (int s = 0; s < streams_; ++s) {
-        const std::byte* row = stream_[s].first + token_ * stream_[s].stride;
-        for (std::int64_t at = 0; at < stream_[s].bytes; at += kLine) {
-          __builtin_prefetch(row + at, 0, 2);
-        }
-      }
-    }
-  }
-
- private:
-  struct Stream {
-    const std::byte* first;
-    std::int64_t stride;
-    std::int64_t bytes;
-  };
-  Stream stream_[8];
-  int streams_ = 0;
-  std::int64_t token_ = 0;
-  std::int64_t count_ = 0;
-  std::int64_t per_step_ = 0;
-};
-
 /// Values and outputs of up to `kBlock` tokens of one head: the call's own rows where the kernels
 /// can work on them, else copies. `outputs` may be null.
 template <class Real>
@@ -403,7 +428,8 @@ struct ChunkRows {
 ///   Block<Real>           what it packs of up to kBlock tokens; made from a Shape
 ///   kStates               how many matrices it carries, 1 or 2
 ///   pack(params, head, begin, count, block)
-///   step(block, chunk, shape, rows, state, second)  one chunk on one panel of the states
+///   kReads                how often `step` reads a state
+///   step(block, chunk, shape, rows, prefetch, state, second)  one chunk on one panel
 template <class Form, class Real>
 void walk_heads(const RuleParams<Real>& params, const HeadGroup& group) {
   const Shape& shape = params.shape;
@@ -440,20 +466,19 @@ void walk_heads(const RuleParams<Real>& params, const HeadGroup& group) {
       const bool last = i + 1 == group.heads;
       const std::int64_t next = last ? begin + kBlock : begin;
       prefetch.aim(params, head_of(params, group.n, group.first_head + (last ? 0 : i + 1)), next,
-                   std::clamp<std::int64_t>(length - next, 0, kBlock), group.panels * chunks);
+                   std::clamp<std::int64_t>(length - next, 0, kBlock), group.panels * chunks * Form::kReads * std::max<std::int64_t>(shape.K / 2, 1));
       for (std::int64_t panel = 0; panel < group.panels; ++panel) {
         const std::int64_t column = first_column + panel * kPanel<Real>;
         const std::int64_t at = i * state_size + panel * panel_size;
         Real* second = Form::kStates > 1 ? seconds.data() + at : nullptr;
         for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-          prefetch.step();
           const std::int64_t token = chunk * kChunk;
           Form::step(block, chunk, shape,
                      ChunkRows<Real>{rows.values + token * rows.value_stride + column,
                                      rows.value_stride,
                                      rows.outputs + token * rows.output_stride + column,
                                      rows.output_stride},
-                     states.data() + at, second);
+                     prefetch, states.data() + at, second);
         }
       }
       rows.store(params, head, begin, count, first_column, columns);

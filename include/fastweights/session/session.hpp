@@ -27,6 +27,8 @@ class LanguageModelImpl;
 
 namespace detail {
 
+class Decoder;
+
 /// A place in a text, and all that decides what comes next there. Nothing writes into the tensors
 /// of a session between its calls, so copies share them.
 struct Place {
@@ -114,6 +116,11 @@ class Session {
   /// What was read and written.
   const SessionLog& log() const { return log_; }
 
+  /// Whether `write` runs on the fused kernels: the model is on the CPU, in fp32 or bf16, and its
+  /// modules are what its configuration says. Otherwise the modules themselves are called, with the
+  /// same results up to rounding.
+  bool fused() const { return decoder_ != nullptr; }
+
   /// Saves the session in a file that only its owner can read, bound to the model. The file holds
   /// everything that was read. Throws FileError; then whatever stood at `path` is untouched.
   void save(const std::filesystem::path& path) const;
@@ -135,6 +142,7 @@ class Session {
   void restore(const StateFile& file);
 
   std::shared_ptr<const nn::LanguageModelImpl> model_;
+  std::shared_ptr<const detail::Decoder> decoder_;  // null where the modules are called
   SessionOptions options_;
   detail::Place place_;
   Generator generator_;

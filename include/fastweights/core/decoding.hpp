@@ -1,0 +1,102 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "fastweights/core/array.hpp"
+#include "fastweights/core/executor.hpp"
+
+// One token through a whole language model, for decoding: between the weights, which are streamed
+// from memory once, everything stays in cache. Compiled for several instruction sets. The
+// arithmetic is fp32. Results do not depend on the executor.
+
+namespace fastweights::cpu {
+
+using core::Array;
+using core::ConstArray;
+using core::Executor;
+
+/// A row-major [rows, columns] matrix of the model's type.
+struct Weights {
+  const void* data = nullptr;
+  std::int64_t rows = 0;
+  std::int64_t columns = 0;
+};
+
+/// Sizes and constants that all layers share; as in `nn::LanguageModelConfig`.
+struct DecodingSizes {
+  std::int64_t width = 0;
+  std::int64_t feed_forward_width = 0;
+  std::int64_t attention_heads = 0;
+  std::int64_t attention_window = 0;
+  std::int64_t attention_sinks = 0;
+  double rope_base = 10000.0;
+  std::int64_t memory_heads = 0;
+  std::int64_t memory_value_heads = 0;
+  std::int64_t memory_key_size = 0;
+  std::int64_t memory_value_size = 0;
+  std::int64_t convolution_size = 1;
+  double beta_max = 1.0;
+  double norm_epsilon = 1e-6;
+
+  std::int64_t keys() const { return memory_heads * memory_key_size; }
+  std::int64_t values() const { return memory_value_heads * memory_value_size; }
+};
+
+/// What windowed attention reads; the vectors are fp32.
+struct DecodingAttention {
+  Weights query, key, value, output;
+  const float* sink_key = nullptr;    // [heads, sinks, size / 2]
+  const float* sink_value = nullptr;  // [heads, sinks, size]
+  const float* mix = nullptr;         // [width]
+};
+
+/// What a fast-weight memory reads; without a decay where the rule has none.
+struct DecodingMemory {
+  Weights query, key, value, beta, decay, gate, output;
+  const float* convolution = nullptr;  // [taps, 2·H·K + HV·V]
+  const float* a_log = nullptr;        // [HV]
+  const float* dt_bias = nullptr;      // [HV]
+  const float* norm = nullptr;         // [V]
+  const float* mix = nullptr;          // [width]
+};
+
+/// One block. A branch that is left out has no output matrix.
+struct DecodingLayer {
+  const float* mixer_norm = nullptr;         // [width]
+  const float* feed_forward_norm = nullptr;  // [width]
+  DecodingAttention attention;
+  DecodingMemory memory;
+  Weights gate, up, down;
+};
+
+/// A model: matrices are of type `dtype`, fp32 or bf16.
+struct DecodingModel {
+  core::DType dtype = core::DType::kFloat32;
+  DecodingSizes sizes;
+  std::vector<DecodingLayer> layers;
+  Weights embedding;            // [vocabulary, width]
+  const float* norm = nullptr;  // [width]
+  Weights output;               // [vocabulary, width]
+};
+
+/// The state of one layer, of the model's type but for `memory`; read and written.
+struct DecodingState {
+  float* memory = nullptr;      // [HV, K, V]
+  void* convolution = nullptr;  // [taps − 1, 2·H·K + HV·V]
+  void* key = nullptr;          // [window, heads, size], rotated
+  void* value = nullptr;        // [window, heads, size]
+};
+
+/// fp32 elements of scratch memory that `decode_token` needs.
+std::int64_t decoding_scratch(const DecodingModel& model);
+
+/// Reads token `token`, the one at `position` of its sequence, and writes the logits of the next
+/// one, fp32 [vocabulary]. Sizes are not checked.
+/// @param states  one for each layer
+/// @param scratch 64-byte aligned, overwritten
+void decode_token(const DecodingModel& model, std::int64_t token, std::int64_t position,
+                  const std::vector<DecodingState>& states, float* scratch, float* logits,
+                  const Executor& executor);
+
+}  // namespace fastweights::cpu
