@@ -81,14 +81,14 @@ HWY_NOINLINE void multiply_pairs(const Real* keys, std::int64_t size,
   multiply_columns<3>(keys, size, out);
 }
 
-/// Decays the products, and fills the decays to and from the chunk's ends.
-template <class Real>
+/// Decays the products of a chunk's first tokens, and fills the decays to and from its ends.
+template <int kTokens = kChunk, class Real>
 void decay_pairs(const Real* decay, ChunkCoefficients<Real>& out) {
   Real product = 1;
-  for (int i = 0; i < kChunk; ++i) out.from_start[i] = product *= decay[i];
-  for (int j = 0; j < kChunk; ++j) {
+  for (int i = 0; i < kTokens; ++i) out.from_start[i] = product *= decay[i];
+  for (int j = 0; j < kTokens; ++j) {
     Real gamma = 1;  // Γ_ij, token by token
-    for (int i = j + 1; i < kChunk; ++i) {
+    for (int i = j + 1; i < kTokens; ++i) {
       gamma *= decay[i];
       out.kk[i][j] *= gamma;
       out.qk[i][j] *= gamma;
@@ -153,8 +153,8 @@ struct DeltaForm {
 
   template <class Real>
   static HWY_INLINE void step(DeltaBlock<Real>& block, std::int64_t chunk, const Shape& shape,
-                              const ChunkRows<Real>& rows, RowPrefetch<Real>& prefetch,
-                              Real* state, Real* /*second*/) {
+                              const ChunkRows<Real>& rows, RowPrefetch<Real>& prefetch, Real* state,
+                              Real* /*second*/) {
     const Tag<Real> d;
     constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
     const auto& c = block.coefficients[chunk];
@@ -215,9 +215,8 @@ struct DeltaForm {
       }
     }
     const auto factor = hn::Set(d, c.from_start[kChunk - 1]);
-    const auto decay = [factor](std::int64_t, Vector<Real> row) HWY_ATTR {
-      return hn::Mul(factor, row);
-    };
+    const auto decay = [factor](std::int64_t, Vector<Real> row)
+                           HWY_ATTR { return hn::Mul(factor, row); };
     write_state(state, kPanel<Real>, keys, shape.K, decay, writes);
   }
 };

@@ -125,16 +125,15 @@ void recompute_segment(const RuleParams<Real>& params, const Head& head, std::in
       for (std::int64_t chunk = 0; chunk * kChunk < tokens; ++chunk) {
         if (states != nullptr && chunk % kSnapshot == 0) {
           const std::int64_t index = done / kBackwardChunk + chunk / kSnapshot;
-          std::copy_n(panel_state, panel_size,
-                      states + (index * panels + panel) * panel_size);
+          std::copy_n(panel_state, panel_size, states + (index * panels + panel) * panel_size);
         }
         const std::int64_t token = chunk * kChunk;
         const std::int64_t column = panel * kPanel<Real>;
-        Form::step(block, chunk, shape,
-                   ChunkRows<Real>{rows.values + token * rows.value_stride + column,
-                                   rows.value_stride, block_errors + token * stride + column,
-                                   stride},
-                   prefetch, panel_state, static_cast<Real*>(nullptr));
+        Form::step(
+            block, chunk, shape,
+            ChunkRows<Real>{rows.values + token * rows.value_stride + column, rows.value_stride,
+                            block_errors + token * stride + column, stride},
+            prefetch, panel_state, static_cast<Real*>(nullptr));
       }
     }
   }
@@ -446,8 +445,8 @@ void backward_chunk(const RuleParams<Real>& params, const RuleGradients<Real>& g
 /// The backward pass of one value head over one sequence.
 template <class Real>
 void backward_head(const RuleParams<Real>& params, const RuleGradients<Real>& grads, std::int64_t n,
-                   std::int64_t value_head, FeatureSums<Real>& sums, DeltaBlock<Real>& block, TokenBlock<Real>& rows,
-                   BackwardScratch<Real>& s) {
+                   std::int64_t value_head, FeatureSums<Real>& sums, DeltaBlock<Real>& block,
+                   TokenBlock<Real>& rows, BackwardScratch<Real>& s) {
   const Shape& shape = params.shape;
   const Head head{params.sequence(n), value_head / params.value_heads_per_key_head(), value_head};
   const std::int64_t offset = params.state_offset(n, value_head);
@@ -471,8 +470,8 @@ void backward_head(const RuleParams<Real>& params, const RuleGradients<Real>& gr
   for (std::int64_t segment = segments - 1; segment >= 0; --segment) {
     const std::int64_t begin = segment * kSegment;
     const std::int64_t count = std::min(kSegment, length - begin);
-    recompute_segment(params, head, begin, count, starts.data() + segment * s.state_size, block, rows,
-                      s.states.data(), s.errors.data());
+    recompute_segment(params, head, begin, count, starts.data() + segment * s.state_size, block,
+                      rows, s.states.data(), s.errors.data());
     const std::int64_t chunks = (count + kBackwardChunk - 1) / kBackwardChunk;
     for (std::int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
       const std::int64_t first = chunk * kBackwardChunk;

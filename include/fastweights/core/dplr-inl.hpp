@@ -72,11 +72,6 @@ void load_key_row(const RuleParams<Real>& params, const Head& head, std::int64_t
   load_feature_row(params, params.k, Real{1}, head, token, params.shape.K, out);
 }
 
-template <class Real>
-Real load_gate(const ConstView& view, const Head& head, std::int64_t token) {
-  return load_scalar<Real>(view.at(head.sequence.batch, token, head.value_head), view.dtype);
-}
-
 // ---- chunkwise ---------------------------------------------------------------------------------
 
 /// What the tokens of one chunk do to each other, and the order of its packed rows.
@@ -120,10 +115,10 @@ struct DplrBlock {
   }
   Real* chunk_decay(std::int64_t chunk) { return decay.data() + chunk * kRowStride<Real>; }
 
-  std::int64_t padded_keys;     // K in whole vectors
-  AlignedBuffer<Real> inputs;   // [q k a b decay, C, kRowStride]: the chunk being packed
-  AlignedBuffer<Real> rows;     // [chunks, kRows, kRowStride]
-  AlignedBuffer<Real> decay;    // [chunks, kRowStride]: γ_C
+  std::int64_t padded_keys;    // K in whole vectors
+  AlignedBuffer<Real> inputs;  // [q k a b decay, C, kRowStride]: the chunk being packed
+  AlignedBuffer<Real> rows;    // [chunks, kRows, kRowStride]
+  AlignedBuffer<Real> decay;   // [chunks, kRowStride]: γ_C
   Chunk chunks[kChunksPerBlock];
 };
 
@@ -244,8 +239,8 @@ struct DplrForm {
 
   template <class Real>
   static HWY_INLINE void step(Block<Real>& block, std::int64_t chunk, const Shape& shape,
-                              const ChunkRows<Real>& rows, RowPrefetch<Real>& prefetch,
-                              Real* state, Real* /*second*/) {
+                              const ChunkRows<Real>& rows, RowPrefetch<Real>& prefetch, Real* state,
+                              Real* /*second*/) {
     using Chunk = DplrChunk<Real, kCorrection>;
     constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
     const Tag<Real> d;
@@ -289,7 +284,8 @@ struct DplrForm {
       }
     }
     Vector<Real> outputs[kChunk][kPanelVectors];
-    read_state(state, kPanel<Real>, block.packed(chunk, Chunk::kQueries), shape.K, prefetch, outputs);
+    read_state(state, kPanel<Real>, block.packed(chunk, Chunk::kQueries), shape.K, prefetch,
+               outputs);
 #pragma GCC unroll 8
     for (int i = 0; i < kChunk; ++i) {
 #pragma GCC unroll 2
@@ -306,9 +302,8 @@ struct DplrForm {
       }
     }
     const Real* factors = block.chunk_decay(chunk);
-    const auto decay = [factors, d](std::int64_t r, Vector<Real> row) HWY_ATTR {
-      return hn::Mul(hn::Set(d, factors[r]), row);
-    };
+    const auto decay = [factors, d](std::int64_t r, Vector<Real> row)
+                           HWY_ATTR { return hn::Mul(hn::Set(d, factors[r]), row); };
     const auto keep = [](std::int64_t, Vector<Real> row) HWY_ATTR { return row; };
     write_state(state, kPanel<Real>, block.packed(chunk, Chunk::kKeys), shape.K, decay, writes);
     if constexpr (Chunk::kTwoWrites) {
@@ -386,18 +381,6 @@ HWY_INLINE void for_each_column_block(std::int64_t values, const Body& body) {
   }
   const hn::CappedTag<Real, 1> one;
   for (; column < values; ++column) body(one, std::integral_constant<int, 1>(), column);
-}
-
-/// Copies one head's initial state to where it is worked on.
-template <class Real>
-Real* working_state(const Real* initial, Real* working, std::int64_t offset, const Shape& shape) {
-  Real* state = working + offset;
-  if (initial == nullptr) {
-    std::fill_n(state, shape.K * shape.V, Real{0});
-  } else if (initial != working) {
-    std::copy_n(initial + offset, shape.K * shape.V, state);
-  }
-  return state;
 }
 
 template <class Rule, class Real>

@@ -158,8 +158,8 @@ struct MomentumForm {
 
   template <class Real>
   static HWY_INLINE void step(MomentumBlock<Real>& block, std::int64_t chunk, const Shape& shape,
-                              const ChunkRows<Real>& rows, RowPrefetch<Real>& prefetch,
-                              Real* state, Real* momentum) {
+                              const ChunkRows<Real>& rows, RowPrefetch<Real>& prefetch, Real* state,
+                              Real* momentum) {
     using Block = MomentumBlock<Real>;
     constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
     const Tag<Real> d;
@@ -217,17 +217,15 @@ struct MomentumForm {
     const auto keep = [](std::int64_t, Vector<Real> row) HWY_ATTR { return row; };
     write_state(state, kPanel<Real>, keys, shape.K, keep, of_state);
     const auto factor = hn::Set(d, c.last_momentum);
-    const auto decay = [factor](std::int64_t, Vector<Real> row) HWY_ATTR {
-      return hn::Mul(factor, row);
-    };
+    const auto decay = [factor](std::int64_t, Vector<Real> row)
+                           HWY_ATTR { return hn::Mul(factor, row); };
     write_state(momentum, kPanel<Real>, keys, shape.K, decay, of_momentum);
   }
 
   /// S ← keep · S + take · M on one panel.
   template <class Real>
-  static HWY_INLINE void mix_panel(const Real* HWY_RESTRICT momentum, Real take,
-                                                 Real keep, std::int64_t keys,
-                                                 Real* HWY_RESTRICT state) {
+  static HWY_INLINE void mix_panel(const Real* HWY_RESTRICT momentum, Real take, Real keep,
+                                   std::int64_t keys, Real* HWY_RESTRICT state) {
     const Tag<Real> d;
     constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
     const auto first = hn::Set(d, keep);

@@ -84,13 +84,18 @@ void load_feature_row(const RuleParams<Real>& params, const ConstView& view, Rea
   std::fill(out + size, out + stride, Real{0});
 }
 
+template <class Real>
+Real load_gate(const ConstView& view, const Head& head, std::int64_t token) {
+  return load_scalar<Real>(view.at(head.sequence.batch, token, head.value_head), view.dtype);
+}
+
 /// A gate of the block's tokens, `missing` past `count`.
 template <class Real>
 void load_gates(const ConstView& view, const Head& head, std::int64_t begin, std::int64_t count,
                 Real missing, Real (&out)[kBlock]) {
   for (std::int64_t i = 0; i < count; ++i) {
-    const auto* gate = view.at(head.sequence.batch, head.sequence.begin + begin + i,
-                               head.value_head);
+    const auto* gate =
+        view.at(head.sequence.batch, head.sequence.begin + begin + i, head.value_head);
     out[i] = load_scalar<Real>(gate, view.dtype);
   }
   std::fill(out + count, out + kBlock, missing);
@@ -117,8 +122,8 @@ template <class Real>
 class RowPrefetch {
  public:
   /// Aims at tokens [begin, begin + count) of a head, to be asked for in `ticks` ticks.
-  void aim(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
-           std::int64_t count, std::int64_t ticks) {
+  void aim(const RuleParams<Real>& params, const Head& head, std::int64_t begin, std::int64_t count,
+           std::int64_t ticks) {
     streams_ = 0;
     const std::int64_t keys = params.shape.K;
     std::int64_t lines = 0;
@@ -184,7 +189,8 @@ class RowPrefetch {
   std::int32_t rate_ = 0;
 };
 
-// ---- the state -----------------------------------------------------------------------------------
+// ---- the state
+// -----------------------------------------------------------------------------------
 
 /// reads[i] ← Sᵀ x_i for C packed rows. Row r of the panel begins at `state + r · state_stride`.
 /// Ticks once for every two rows.
@@ -284,7 +290,20 @@ void store_state(const Real* panels_of_state, const Shape& shape, std::int64_t f
   }
 }
 
-// ---- products of a chunk's rows ------------------------------------------------------------------
+/// Copies one head's initial state to where it is worked on.
+template <class Real>
+Real* working_state(const Real* initial, Real* working, std::int64_t offset, const Shape& shape) {
+  Real* state = working + offset;
+  if (initial == nullptr) {
+    std::fill_n(state, shape.K * shape.V, Real{0});
+  } else if (initial != working) {
+    std::copy_n(initial + offset, shape.K * shape.V, state);
+  }
+  return state;
+}
+
+// ---- products of a chunk's rows
+// ------------------------------------------------------------------
 
 /// sums[i] ← the dot product of `row` with row i of `others`, for kCount rows `kRowStride` apart.
 template <int kCount, class Real>
@@ -308,7 +327,8 @@ HWY_INLINE void add_dots(const Real* HWY_RESTRICT row, const Real* HWY_RESTRICT 
   }
 }
 
-// ---- walking -------------------------------------------------------------------------------------
+// ---- walking
+// -------------------------------------------------------------------------------------
 
 /// Bytes of states that one task works on at a time: they stay in the second cache while the heads
 /// of a block of tokens, which lie side by side in memory, take turns.
@@ -339,8 +359,8 @@ void for_each_head_group(const Packing& call, const Executor& executor, const Bo
   const std::int64_t state_bytes =
       call.shape.K * panels_per_part * kPanel<Real> * static_cast<std::int64_t>(sizeof(Real));
   const std::int64_t share = std::max<std::int64_t>(all * parts / executor.threads, 1);
-  std::int64_t group = std::clamp<std::int64_t>(kGroupBytes / state_bytes, 1,
-                                                std::min(share, heads));
+  std::int64_t group =
+      std::clamp<std::int64_t>(kGroupBytes / state_bytes, 1, std::min(share, heads));
   while (heads % group != 0) --group;  // equal groups
   const std::int64_t groups = heads / group;
   executor.run(call.sequences() * groups * parts, [&](std::int64_t task) {
@@ -394,8 +414,8 @@ class TokenBlock {
     if (direct_ || !params.o) return;
     const std::int64_t offset = first * static_cast<std::int64_t>(size_of(params.o.dtype));
     for (std::int64_t i = 0; i < count; ++i) {
-      void* row = params.o.at(head.sequence.batch, head.sequence.begin + begin + i,
-                              head.value_head);
+      void* row =
+          params.o.at(head.sequence.batch, head.sequence.begin + begin + i, head.value_head);
       store_row(output_copies_.data() + i * stride_ + first, columns,
                 static_cast<std::byte*>(row) + offset, params.o.dtype);
     }
@@ -466,7 +486,8 @@ void walk_heads(const RuleParams<Real>& params, const HeadGroup& group) {
       const bool last = i + 1 == group.heads;
       const std::int64_t next = last ? begin + kBlock : begin;
       prefetch.aim(params, head_of(params, group.n, group.first_head + (last ? 0 : i + 1)), next,
-                   std::clamp<std::int64_t>(length - next, 0, kBlock), group.panels * chunks * Form::kReads * std::max<std::int64_t>(shape.K / 2, 1));
+                   std::clamp<std::int64_t>(length - next, 0, kBlock),
+                   group.panels * chunks * Form::kReads * std::max<std::int64_t>(shape.K / 2, 1));
       for (std::int64_t panel = 0; panel < group.panels; ++panel) {
         const std::int64_t column = first_column + panel * kPanel<Real>;
         const std::int64_t at = i * state_size + panel * panel_size;
@@ -474,10 +495,9 @@ void walk_heads(const RuleParams<Real>& params, const HeadGroup& group) {
         for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
           const std::int64_t token = chunk * kChunk;
           Form::step(block, chunk, shape,
-                     ChunkRows<Real>{rows.values + token * rows.value_stride + column,
-                                     rows.value_stride,
-                                     rows.outputs + token * rows.output_stride + column,
-                                     rows.output_stride},
+                     ChunkRows<Real>{
+                         rows.values + token * rows.value_stride + column, rows.value_stride,
+                         rows.outputs + token * rows.output_stride + column, rows.output_stride},
                      prefetch, states.data() + at, second);
         }
       }
@@ -494,9 +514,8 @@ void walk_heads(const RuleParams<Real>& params, const HeadGroup& group) {
 /// The chunkwise form of a rule over all heads.
 template <class Form, class Real>
 void forward_chunkwise(const RuleParams<Real>& params, const Executor& executor) {
-  for_each_head_group<Real>(params, executor, [&](const HeadGroup& group) {
-    walk_heads<Form>(params, group);
-  });
+  for_each_head_group<Real>(params, executor,
+                            [&](const HeadGroup& group) { walk_heads<Form>(params, group); });
 }
 
 }  // namespace fastweights::core::HWY_NAMESPACE

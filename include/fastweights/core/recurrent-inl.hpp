@@ -1,4 +1,4 @@
-// The recurrent form of the (gated) delta rule: token by token, on the state in place.
+// The recurrent form of the (gated) delta rule, on the state in place: one token, or a few at once.
 // Per-target include guard.
 #if defined(FASTWEIGHTS_CORE_RECURRENT_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FASTWEIGHTS_CORE_RECURRENT_INL_HPP_
@@ -10,16 +10,20 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "fastweights/core/chunkwise-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
 namespace fastweights::core::HWY_NAMESPACE {
 
-/// Vectors of columns that one pass over the state keeps in registers.
-inline constexpr int kRecurrentVectors = 4;
+/// Vectors of columns that one pass over the state keeps in registers: whole rows where they fit,
+/// since a state is best read in the order in which it lies.
+inline constexpr int kRecurrentVectors = 4 * kPanelVectors;
+
+/// Tokens that share one pass over the state.
+inline constexpr int kFew = 4;
 
 /// One token, as the recurrence sees it; rows are of type `Real`.
 template <class Real>
@@ -39,13 +43,13 @@ HWY_INLINE void step_columns(D d, const Token<Real>& token, std::int64_t keys, s
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
   hn::Vec<D> read_k[kVectors];
   hn::Vec<D> read_q[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int j = 0; j < kVectors; ++j) read_k[j] = read_q[j] = hn::Zero(d);
   const Real* row = state;
   for (std::int64_t r = 0; r < keys; ++r, row += values) {
     const auto k = hn::Set(d, token.k[r]);
     const auto q = hn::Set(d, token.q[r]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       const auto s = hn::LoadU(d, row + j * lanes);
       read_k[j] = hn::MulAdd(k, s, read_k[j]);
@@ -54,17 +58,18 @@ HWY_INLINE void step_columns(D d, const Token<Real>& token, std::int64_t keys, s
   }
   const auto decay = hn::Set(d, token.decay);
   hn::Vec<D> write[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int j = 0; j < kVectors; ++j) {
     const auto error = hn::NegMulAdd(decay, read_k[j], hn::LoadU(d, v + j * lanes));
     write[j] = hn::Mul(hn::Set(d, token.beta), error);
     const auto read = hn::Mul(decay, read_q[j]);
     hn::StoreU(hn::MulAdd(hn::Set(d, token.qk), write[j], read), d, out + j * lanes);
   }
-  Real* target = state;
-  for (std::int64_t r = 0; r < keys; ++r, target += values) {
+  // From the end: the last rows read are still in the nearest cache.
+  Real* target = state + (keys - 1) * values;
+  for (std::int64_t r = keys - 1; r >= 0; --r, target -= values) {
     const auto k = hn::Set(d, token.k[r]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       const auto s = hn::Mul(decay, hn::LoadU(d, target + j * lanes));
       hn::StoreU(hn::MulAdd(k, write[j], s), d, target + j * lanes);
@@ -92,18 +97,126 @@ void step_token(const Token<Real>& token, std::int64_t keys, std::int64_t values
   }
 }
 
-/// Walks one head's sequence, with its state at `params.final_state`.
+/// Packed rows of a few tokens of one head, and what those tokens do to each other.
 template <class Real>
-void recurrent_head(const RuleParams<Real>& params, std::int64_t n, std::int64_t value_head) {
-  const Shape& shape = params.shape;
-  const Head head{params.sequence(n), value_head / params.value_heads_per_key_head(), value_head};
-  const std::int64_t offset = params.state_offset(n, value_head);
-  Real* state = params.final_state + offset;
-  if (params.initial_state == nullptr) {
-    std::fill_n(state, shape.K * shape.V, Real{0});
-  } else if (params.initial_state != params.final_state) {
-    std::copy_n(params.initial_state + offset, shape.K * shape.V, state);
+struct FewTokens {
+  FewTokens() : rows(static_cast<std::size_t>(2 * kFew * kRowStride<Real>)) {}
+  AlignedBuffer<Real> rows;  // [2 kFew, kRowStride]: keys, then queries
+  ChunkCoefficients<Real> coefficients;
+};
+
+/// Packs tokens [begin, begin + count) of a head; missing ones leave the state alone.
+template <class Real>
+void pack_few(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
+              std::int64_t count, FewTokens<Real>& few) {
+  const std::int64_t padded =
+      round_up(params.shape.K, static_cast<std::int64_t>(hn::MaxLanes(Tag<Real>())));
+  const auto scale = static_cast<Real>(params.scale);
+  auto& c = few.coefficients;
+  Real decay[kChunk];
+  std::fill(decay, decay + kChunk, Real{1});
+  for (int i = 0; i < kFew; ++i) {
+    const std::int64_t token = head.sequence.begin + begin + i;
+    const bool present = i < count;
+    Real* key = few.rows.data() + i * kRowStride<Real>;
+    pack_feature_row(params, params.k, Real{1}, head, token, present, padded, key);
+    pack_feature_row(params, params.q, scale, head, token, present, padded,
+                     key + kFew * kRowStride<Real>);
+    c.beta[i] = present ? load_gate<Real>(params.beta, head, token) : Real{0};
+    if (present) decay[i] = decay_of(params, head, token);
   }
+  for (int j = 0; j < kFew; ++j) {
+    Vector<Real> sums[2 * kFew];
+    alignas(64) Real dots[2 * kFew];
+    add_dots<2 * kFew>(few.rows.data() + j * kRowStride<Real>, few.rows.data(), padded, sums);
+    sum_each(Tag<Real>(), sums, 2 * kFew, dots);
+    for (int i = j; i < kFew; ++i) {
+      c.kk[i][j] = dots[i];
+      c.qk[i][j] = dots[kFew + i];
+    }
+  }
+  decay_pairs<kFew>(decay, c);
+}
+
+/// A few tokens on one panel of the state, whose rows are `state_stride` apart.
+template <class Real>
+HWY_INLINE void step_few(const FewTokens<Real>& few, std::int64_t keys, const ChunkRows<Real>& rows,
+                         Real* state, std::int64_t state_stride, RowPrefetch<Real>& prefetch) {
+  static_assert(2 * kFew == kChunk);
+  const Tag<Real> d;
+  constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
+  const auto& c = few.coefficients;
+  Vector<Real> reads[kChunk][kPanelVectors];  // of the keys, of the queries
+  Vector<Real> writes[kChunk][kPanelVectors];
+  read_state(state, state_stride, few.rows.data(), keys, prefetch, reads);
+#pragma GCC unroll 4
+  for (int i = 0; i < kFew; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kPanelVectors; ++j) {
+      const auto value = hn::LoadU(d, rows.values + i * rows.value_stride + j * kLanes);
+      auto error = hn::NegMulAdd(hn::Set(d, c.from_start[i]), reads[i][j], value);
+#pragma GCC unroll 4
+      for (int before = 0; before < i; ++before) {
+        error = hn::NegMulAdd(hn::Set(d, c.kk[i][before]), writes[before][j], error);
+      }
+      writes[i][j] = hn::Mul(hn::Set(d, c.beta[i]), error);
+      auto output = hn::Mul(hn::Set(d, c.from_start[i]), reads[kFew + i][j]);
+#pragma GCC unroll 4
+      for (int before = 0; before <= i; ++before) {
+        output = hn::MulAdd(hn::Set(d, c.qk[i][before]), writes[before][j], output);
+      }
+      hn::StoreU(output, d, rows.outputs + i * rows.output_stride + j * kLanes);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kFew; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kPanelVectors; ++j) {
+      writes[i][j] = hn::Mul(hn::Set(d, c.to_end[i]), writes[i][j]);
+    }
+  }
+  const auto factor = hn::Set(d, c.from_start[kFew - 1]);
+  const auto decay = [factor](std::int64_t, Vector<Real> row)
+                         HWY_ATTR { return hn::Mul(factor, row); };
+  write_state<kFew>(state, state_stride, few.rows.data(), keys, decay, writes);
+}
+
+/// Walks one head's sequence a few tokens at a time: the state crosses the caches once for every
+/// `kBlock` tokens. V is a multiple of `kPanel`.
+template <class Real>
+void walk_in_place(const RuleParams<Real>& params, const Head& head, Real* state) {
+  constexpr std::int64_t kGroups = kBlock / kFew;
+  const Shape& shape = params.shape;
+  TokenBlock<Real> rows(shape);
+  RowPrefetch<Real> prefetch;  // aims at nothing
+  const std::int64_t length = head.sequence.length;
+  std::vector<FewTokens<Real>> few(
+      static_cast<std::size_t>(std::min(kGroups, (length + kFew - 1) / kFew)));
+  for (std::int64_t begin = 0; begin < length; begin += kBlock) {
+    const std::int64_t count = std::min(kBlock, length - begin);
+    rows.load(params, head, begin, count);
+    for (std::int64_t i = 0; i * kFew < count; ++i) {
+      pack_few(params, head, begin + i * kFew, std::min<std::int64_t>(kFew, count - i * kFew),
+               few[static_cast<std::size_t>(i)]);
+    }
+    for (std::int64_t column = 0; column < shape.V; column += kPanel<Real>) {
+      for (std::int64_t i = 0; i * kFew < count; ++i) {
+        const std::int64_t token = i * kFew;
+        step_few(
+            few[static_cast<std::size_t>(i)], shape.K,
+            ChunkRows<Real>{rows.values + token * rows.value_stride + column, rows.value_stride,
+                            rows.outputs + token * rows.output_stride + column, rows.output_stride},
+            state + column, shape.V, prefetch);
+      }
+    }
+    rows.store(params, head, begin, count, 0, shape.V);
+  }
+}
+
+/// Walks one head's sequence token by token.
+template <class Real>
+void walk_tokens(const RuleParams<Real>& params, const Head& head, Real* state) {
+  const Shape& shape = params.shape;
   alignas(64) Real k[kMaxHeadSize];
   alignas(64) Real q[kMaxHeadSize];
   alignas(64) Real v[kMaxHeadSize];
@@ -113,11 +226,24 @@ void recurrent_head(const RuleParams<Real>& params, std::int64_t n, std::int64_t
     const std::int64_t t = head.sequence.begin + i;
     load_feature_row(params, params.k, Real{1}, head, t, shape.K, k);
     load_feature_row(params, params.q, static_cast<Real>(params.scale), head, t, shape.K, q);
-    load_row<Real>(params.v.at(batch, t, value_head), params.v.dtype, shape.V, v);
-    const Real beta = load_scalar<Real>(params.beta.at(batch, t, value_head), params.beta.dtype);
-    const Token<Real> token{q, k, decay_of<Real>(params, head, t), beta, dot(q, k, shape.K)};
+    load_row<Real>(params.v.at(batch, t, head.value_head), params.v.dtype, shape.V, v);
+    const Token<Real> token{q, k, decay_of(params, head, t), load_gate<Real>(params.beta, head, t),
+                            dot(q, k, shape.K)};
     step_token(token, shape.K, shape.V, v, state, out);
-    store_row(out, shape.V, params.o.at(batch, t, value_head), params.o.dtype);
+    store_row(out, shape.V, params.o.at(batch, t, head.value_head), params.o.dtype);
+  }
+}
+
+/// One head's sequence, with its state at `params.final_state`.
+template <class Real>
+void recurrent_head(const RuleParams<Real>& params, std::int64_t n, std::int64_t value_head) {
+  const Head head = head_of(params, n, value_head);
+  Real* state = working_state(params.initial_state, params.final_state,
+                              params.state_offset(n, value_head), params.shape);
+  if (head.sequence.length > 1 && params.shape.V % kPanel<Real> == 0) {
+    walk_in_place(params, head, state);
+  } else {
+    walk_tokens(params, head, state);
   }
 }
 
