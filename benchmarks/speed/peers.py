@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +73,9 @@ class Inputs:
             uniform(),
         )
         return cls(*(x.to(dtype) for x in inputs))
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        return Inputs(*(x.to(dtype) for x in vars(self).values()))
 
     def requiring_gradients(self) -> Inputs:
         return Inputs(*(x.detach().requires_grad_() for x in vars(self).values()))
@@ -145,10 +152,56 @@ def onnxruntime_rule(shape: Shape, threads: int) -> Rule:
     return call
 
 
-# Peers of gated_delta_rule. The other rules have none on a CPU beside loops in Python.
-PEERS: dict[str, PeerFactory] = {
-    "transformers": transformers_rule,
-    "onnxruntime": onnxruntime_rule,
-}
+def rwkv_rule(shape: Shape, threads: int) -> Rule:
+    """The loop over tokens of the package rwkv, all that it has for a sequence on a CPU.
 
-PACKAGES = {"transformers": ["transformers>=4.57"], "onnxruntime": ["onnxruntime>=1.32", "onnx"]}
+    Scripted as it is there, and taken out of the function that surrounds it, so that the layer's
+    projections are not timed.
+    """
+    del threads
+    if shape.batch != 1:
+        raise ValueError(f"rwkv reads one sequence, got B = {shape.batch}")
+    loop = torch.jit.CompilationUnit(_rwkv_loop()).loop
+    t, h, n = shape.tokens, shape.heads, shape.size
+
+    def call(x: Inputs) -> Tensor:
+        rate = x.beta[..., None].expand_as(x.k)
+        tensors = (x.q, x.channel_g.exp(), x.k, x.v, -x.a, rate)
+        rows = [tensor.reshape(t, h * n) for tensor in tensors]
+        state = torch.zeros(h, n, n)
+        o: Tensor = loop(h, n, t, state, *rows, x=rows[0], xx=torch.empty(t, h * n))
+        return o.view(1, t, h, n)
+
+    return call
+
+
+def _rwkv_loop() -> str:
+    """A function around the loop in the installed package's time mixing."""
+    spec = importlib.util.find_spec("rwkv")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("rwkv is not installed: run with --install-peers")
+    tree = ast.parse(Path(spec.origin).with_name("model.py").read_text(encoding="utf-8"))
+    (loop,) = (
+        statement
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "RWKV_x070_TMix_seq"
+        for statement in node.body
+        if isinstance(statement, ast.For)
+    )
+    head = "def loop(H: int, N: int, T: int, state, r, w, k, v, kk, a, x, xx):"
+    return "\n".join([head, textwrap.indent(ast.unparse(loop), "    "), "    return xx", ""])
+
+
+# Rule: its peers on a CPU by the name of their package. Rules that are not here have none beside
+# loops in Python.
+PEERS: dict[str, dict[str, PeerFactory]] = {
+    "gated_delta_rule": {"transformers": transformers_rule, "onnxruntime": onnxruntime_rule},
+    "rwkv7": {"rwkv": rwkv_rule},
+}
+TRAINABLE = ("transformers",)  # peers with a backward
+
+PACKAGES = {
+    "transformers": ["transformers>=4.57"],
+    "onnxruntime": ["onnxruntime>=1.32", "onnx"],
+    "rwkv": ["rwkv>=0.8.30"],
+}

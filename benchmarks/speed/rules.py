@@ -4,11 +4,12 @@ For each case the library and its peers are called alternately on the same input
 of the machine hits all of them; a ratio is taken pair by pair, and a peer's result must agree with
 ours before it is timed. Limits (multiply-adds a second, copied bytes a second) come from the
 program machine_limits, run before and after. Everything goes into one JSON file,
-benchmarks/results/speed_rules.json unless told otherwise, with plots beside it.
+benchmarks/results/speed_rules.json unless told otherwise, with plots beside it where no case was
+left out.
 
     cmake --build build/release --target machine_limits fastweights_python
     PYTHONPATH=build/release/python python benchmarks/speed/rules.py --install-peers
-    … rules.py --only gated_delta_rule --threads 1 --samples 9
+    … rules.py --only gated_delta_rule --kinds forward --threads 1 --samples 9
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
-from peers import PACKAGES, PEERS, Inputs, Rule, Shape
+from calls import INPUTS, RULES, forward, forward_and_backward
+from peers import PACKAGES, PEERS, TRAINABLE, Inputs, Rule, Shape
 
 from fastweights import ops
 from record import Record, save_record
@@ -39,26 +41,8 @@ from record import Record, save_record
 RESULT = ROOT / "benchmarks" / "results" / "speed_rules.json"
 Row = dict[str, Any]
 
-RULES: dict[str, Rule] = {
-    "gated_delta_rule": lambda x: ops.gated_delta_rule(x.q, x.k, x.v, x.g, x.beta)[0],
-    "delta_rule": lambda x: ops.delta_rule(x.q, x.k, x.v, x.beta)[0],
-    "linear_attention": lambda x: ops.linear_attention(x.q, x.k, x.v, x.g)[0],
-    "kda": lambda x: ops.kda(x.q, x.k, x.v, x.channel_g, x.beta)[0],
-    "generalized_delta_rule": lambda x: ops.generalized_delta_rule(
-        x.q, x.k, x.v, x.a, x.b, x.channel_g
-    )[0],
-    "momentum_delta_rule": lambda x: ops.momentum_delta_rule(
-        x.q, x.k, x.v, x.g, x.beta, x.mu, x.eta
-    )[0],
-}
-INPUTS = {
-    "gated_delta_rule": ("q", "k", "v", "g", "beta"),
-    "delta_rule": ("q", "k", "v", "beta"),
-    "linear_attention": ("q", "k", "v", "g"),
-    "kda": ("q", "k", "v", "channel_g", "beta"),
-    "generalized_delta_rule": ("q", "k", "v", "a", "b", "channel_g"),
-    "momentum_delta_rule": ("q", "k", "v", "g", "beta", "mu", "eta"),
-}
+# Rules whose time is shown beside that of the gated delta rule on the same shape.
+BESIDE_GATED = ("kda", "generalized_delta_rule", "rwkv7")
 
 
 @dataclass(frozen=True)
@@ -68,7 +52,7 @@ class Case:
     rule: str
     shape: Shape
     threads: int
-    kind: str  # "forward", "forward+backward" or "decode"
+    kind: str  # "forward", "forward+backward", "decode" or "memory"
     dtype: torch.dtype = torch.float32
 
 
@@ -82,19 +66,27 @@ def cases(threads: list[int]) -> Iterator[Case]:
             yield replace(gated, shape=Shape(1, 4096, heads, 128))
         for size in (64, 96, 256):
             yield replace(gated, shape=Shape(1, 1024, 16, size))
-        yield replace(gated, dtype=torch.bfloat16, shape=Shape(1, 4096, 16, 128))
         for tokens in (1024, 4096):
             yield replace(gated, shape=Shape(1, tokens, 16, 128), kind="forward+backward")
         for rule in RULES:
-            if rule == gated.rule:
+            if rule in ("gated_delta_rule", "rwkv7"):  # above, and the generalized rule by name
                 continue
             for kind in ("forward", "forward+backward"):
                 yield Case(rule, Shape(1, 1024, 16, 128), count, kind)
-        yield Case("generalized_delta_rule", Shape(1, 4096, 32, 64), count, "forward")
-        yield Case("gated_delta_rule", Shape(1, 4096, 32, 64), count, "forward")
+        rwkv = Case("rwkv7", Shape(1, 4096, 32, 64), count, "forward")
+        yield rwkv
+        yield replace(rwkv, kind="forward+backward")
+        for half in (
+            replace(gated, shape=Shape(1, 4096, 16, 128)),
+            replace(gated, shape=Shape(1, 1024, 16, 128), kind="forward+backward"),
+            Case("kda", Shape(1, 1024, 16, 128), count, "forward"),
+            rwkv,
+        ):
+            yield replace(half, dtype=torch.bfloat16)
         for tokens in (1, 2, 4, 8):
             yield Case("gated_delta_rule", Shape(1, tokens, 16, 128), count, "decode")
         yield Case("gated_delta_rule", Shape(64, 1, 16, 128), count, "decode")
+        yield replace(gated, shape=Shape(1, 1024, 16, 128), kind="memory")
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -103,41 +95,51 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def bound(case: Case, rule: Rule, inputs: Inputs) -> Callable[[], object]:
+def bound(case: Case, inputs: Inputs, peer: Rule | None = None) -> Callable[[], object]:
     """The call that is timed."""
     if case.kind == "forward":
+        return forward(case.rule, inputs, peer)
+    return forward_and_backward(case.rule, inputs, peer)
 
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return rule(inputs)
 
-        return forward
-    leaves = inputs.requiring_gradients()
-    wanted = [getattr(leaves, name) for name in INPUTS[case.rule]]
-
-    def forward_and_backward() -> object:
-        return torch.autograd.grad(rule(leaves).square().sum(), wanted)
-
-    return forward_and_backward
+def peer_names(case: Case) -> list[str]:
+    """The installed peers that can do this case."""
+    if case.dtype != torch.float32:
+        return []
+    names = PEERS.get(case.rule, {})
+    if case.kind != "forward":
+        names = {name: names[name] for name in names if name in TRAINABLE}
+    return [name for name in names if importlib.util.find_spec(name) is not None]
 
 
 def peers_of(case: Case, inputs: Inputs) -> dict[str, Rule]:
     """The peers that can do this case, each of which agrees with us."""
-    if case.rule != "gated_delta_rule" or case.dtype != torch.float32:
-        return {}
-    names = ["transformers"] if case.kind == "forward+backward" else list(PEERS)
     made = {}
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            continue
-        peer = PEERS[name](case.shape, case.threads)
-        with torch.no_grad():
-            expected, got = RULES[case.rule](inputs), peer(inputs)
-        error = ((expected - got).square().mean() / expected.square().mean()).sqrt().item()
+    for name in peer_names(case):
+        peer = PEERS[case.rule][name](case.shape, case.threads)
+        expected = forward(case.rule, inputs)()
+        error = relative_error(forward(case.rule, inputs, peer)(), expected)
         if not error < 1e-4:
             sys.exit(f"{name} differs from fastweights at {case.shape}: {error:.1e}")
         made[name] = peer
     return made
+
+
+def relative_error(given: Tensor, expected: Tensor) -> float:
+    """RMS(given − expected) / RMS(expected)."""
+    difference = given.double() - expected.double()
+    return (difference.square().mean() / expected.double().square().mean()).sqrt().item()
+
+
+def errors_of(case: Case, inputs: Inputs) -> dict[str, float]:
+    """How far the case's results lie from those of the same inputs in fp64."""
+    exact = inputs.to(torch.float64)
+    if case.kind == "forward":
+        return {"o": relative_error(forward(case.rule, inputs)(), forward(case.rule, exact)())}
+    got = forward_and_backward(case.rule, inputs)()
+    wanted = forward_and_backward(case.rule, exact)()
+    names = INPUTS[case.rule]
+    return {f"d{n}": relative_error(*pair) for n, *pair in zip(names, got, wanted, strict=True)}
 
 
 def repeats(call: Callable[[], object]) -> int:
@@ -164,16 +166,45 @@ def measure(case: Case, samples: int, flop_per_second: float) -> Row:
     torch.set_num_threads(case.threads)
     if case.kind == "decode":
         return measure_decoding(case, samples)
+    if case.kind == "memory":
+        return measure_memory(case, samples)
     inputs = Inputs.random(case.shape, case.dtype)
-    calls = {"fastweights": bound(case, RULES[case.rule], inputs)}
+    calls = {"fastweights": bound(case, inputs)}
     for name, peer in peers_of(case, inputs).items():
-        calls[name] = bound(case, peer, inputs)
-    times = alternate(calls, samples)
-    row = row_of(case, times)
+        calls[name] = bound(case, inputs, peer)
+    if case.rule in BESIDE_GATED:
+        calls["gated_delta_rule"] = bound(replace(case, rule="gated_delta_rule"), inputs)
+    row = row_of(case, alternate(calls, samples))
+    if case.rule in BESIDE_GATED:
+        row["times_of_gated_delta_rule"] = 1 / row["peers"]["gated_delta_rule"]["ratio"]
     if case.kind == "forward":
         row["gflop_per_second"] = case.shape.forward_flop / row["seconds_median"] / 1e9
         row["share_of_peak"] = row["gflop_per_second"] * 1e9 / flop_per_second
+    if case.dtype != torch.float32:
+        row["errors"] = errors_of(case, inputs)
     return row
+
+
+def measure_memory(case: Case, samples: int) -> Row:
+    """Peak memory of forward and backward beyond the inputs, each call in a process of its own."""
+    shape = (case.shape.batch, case.shape.tokens, case.shape.heads, case.shape.size)
+    program = Path(__file__).with_name("memory.py")
+    peaks: dict[str, list[int]] = {}
+    for name in ["fastweights", *peer_names(case)]:
+        sizes = (str(number) for number in (*shape, case.threads))
+        command = [sys.executable, str(program), name, case.rule, *sizes]
+        runs = (subprocess.run(command, check=True, capture_output=True) for _ in range(samples))
+        peaks[name] = [int(run.stdout) for run in runs]
+    ours = peaks.pop("fastweights")
+    peers = {
+        name: {"bytes": theirs, "ratio": statistics.median(theirs) / statistics.median(ours)}
+        for name, theirs in peaks.items()
+    }
+    return description(case) | {
+        "bytes": ours,
+        "bytes_median": statistics.median(ours),
+        "peers": peers,
+    }
 
 
 def measure_decoding(case: Case, samples: int) -> Row:
@@ -194,14 +225,19 @@ def measure_decoding(case: Case, samples: int) -> Row:
     return row
 
 
-def row_of(case: Case, times: dict[str, list[float]]) -> Row:
-    ours = times.pop("fastweights")
+def description(case: Case) -> Row:
     return {
         "rule": case.rule,
         "shape": vars(case.shape),
         "threads": case.threads,
         "kind": case.kind,
         "dtype": str(case.dtype).removeprefix("torch."),
+    }
+
+
+def row_of(case: Case, times: dict[str, list[float]]) -> Row:
+    ours = times.pop("fastweights")
+    return description(case) | {
         "seconds": ours,
         "seconds_median": statistics.median(ours),
         "peers": {
@@ -230,14 +266,18 @@ def find_machine_limits(given: Path | None) -> Path:
 
 
 def print_table(rows: list[Row]) -> None:
-    print(f"{'rule':24}{'shape':26}{'pass':18}{'thr':>4}{'ms':>10}{'peak':>7}  peers")
+    print(f"{'rule':24}{'shape':26}{'pass':26}{'thr':>4}{'ms':>10}{'peak':>7}  peers")
     for row in rows:
         share = f"{row['share_of_peak']:.0%}" if "share_of_peak" in row else ""
-        peers = ", ".join(f"{peer['ratio']:.2f}x {name}" for name, peer in row["peers"].items())
+        notes = [f"{peer['ratio']:.2f}x {name}" for name, peer in row["peers"].items()]
+        if "errors" in row:
+            notes.append(f"error {max(row['errors'].values()):.1e}")
         kind = row["kind"] + ("" if row["dtype"] == "float32" else " " + row["dtype"])
+        size = f"{row['bytes_median'] / 2**20:.1f} MiB" if "bytes_median" in row else ""
         print(
-            f"{row['rule']:24}{Shape(**row['shape'])!s:26}{kind:18}{row['threads']:>4}"
-            f"{row['seconds_median'] * 1e3:>10.3f}{share:>7}  {peers}"
+            f"{row['rule']:24}{Shape(**row['shape'])!s:26}{kind:26}{row['threads']:>4}"
+            f"{size or format(row['seconds_median'] * 1e3, '.3f'):>10}{share:>7}  "
+            + ", ".join(notes)
         )
 
 
@@ -322,6 +362,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=list(RULES), help="these rules alone")
+    parser.add_argument("--kinds", nargs="+", help="forward, forward+backward, decode, memory")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--samples", type=int, default=7, help="turns for each figure")
     parser.add_argument("--install-peers", action="store_true", help="pip install them first")
@@ -336,13 +377,18 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.install_peers:
         install_peers()
-    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         print(f"not installed, so not measured: {', '.join(missing)} (see --install-peers)")
     program = find_machine_limits(arguments.machine_limits)
     limits = {count: [machine_limits(program, count)] for count in arguments.threads}
     rows = []
-    chosen = [c for c in cases(arguments.threads) if not arguments.only or c.rule in arguments.only]
+    chosen = [
+        case
+        for case in cases(arguments.threads)
+        if (not arguments.only or case.rule in arguments.only)
+        and (not arguments.kinds or case.kind in arguments.kinds)
+    ]
     for case in tqdm(chosen, unit="case", leave=False):
         flop = limits[case.threads][0]["multiply_add_flop_per_second"]
         rows.append(measure(case, arguments.samples, flop))
@@ -359,8 +405,11 @@ def main() -> None:
         )
     rows.extend({"limit": limit} for limit in every_limit)
     save_record(arguments.output, Record(title="rules on a CPU", rows=rows))
-    plot([r for r in rows if "rule" in r], arguments.output.with_suffix(".png"))
-    print(f"written: {arguments.output.name} and {arguments.output.with_suffix('.png').name}")
+    print(f"written: {arguments.output.name}")
+    if not (arguments.only or arguments.kinds):
+        picture = arguments.output.with_suffix(".png")
+        plot([r for r in rows if "rule" in r], picture)
+        print(f"written: {picture.name}")
 
 
 if __name__ == "__main__":
