@@ -27,12 +27,14 @@ Pointer own_node(Node* node) {
 
 /// Throws NotImplementedError if a tensor carries a forward-mode derivative, which the operators
 /// have no formula for; without this it would be dropped in silence.
+inline void refuse_forward_mode(const char* name, const at::Tensor& input) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!input.defined() || !input._fw_grad(/*level=*/0).defined(), name,
+                              ": there is no forward-mode derivative; use reverse mode");
+}
+
 template <class Tensors = std::initializer_list<at::Tensor>>
 void refuse_forward_mode(const char* name, const Tensors& inputs) {
-  for (const at::Tensor& input : inputs) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(input), name,
-                                ": there is no forward-mode derivative; use reverse mode");
-  }
+  for (const at::Tensor& input : inputs) refuse_forward_mode(name, input);
 }
 
 }  // namespace fastweights::detail

@@ -30,7 +30,7 @@ RuleResult generalized_delta_rule(const at::Tensor& q, const at::Tensor& k, cons
                                   const at::Tensor& a, const at::Tensor& b, const at::Tensor& g,
                                   const RuleOptions& options) {
   static const auto op = detail::operator_of(spec());
-  return detail::call_rule(op, spec(), {q, k, v, a, b, g}, options);
+  return detail::call_rule(op, {q, k, v, a, b, g}, options);
 }
 
 at::Tensor generalized_delta_rule_recurrent_(const at::Tensor& q, const at::Tensor& k,

@@ -28,7 +28,7 @@ const detail::RuleSpec& spec() {
 RuleResult kda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
                const at::Tensor& beta, const RuleOptions& options) {
   static const auto op = detail::operator_of(spec());
-  return detail::call_rule(op, spec(), {q, k, v, g, beta}, options);
+  return detail::call_rule(op, {q, k, v, g, beta}, options);
 }
 
 at::Tensor kda_recurrent_(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

@@ -27,7 +27,7 @@ const detail::RuleSpec& spec() {
 RuleResult linear_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const std::optional<at::Tensor>& g, const RuleOptions& options) {
   static const auto op = detail::operator_of(spec());
-  return detail::call_rule(op, spec(), {q, k, v, g}, options);
+  return detail::call_rule(op, {q, k, v, g}, options);
 }
 
 at::Tensor linear_attention_recurrent_(const at::Tensor& q, const at::Tensor& k,

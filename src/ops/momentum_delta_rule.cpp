@@ -27,21 +27,16 @@ const detail::RuleSpec& spec() {
   return rule;
 }
 
-detail::States pair_of(const std::optional<MomentumState>& state) {
-  if (!state) return {std::nullopt, std::nullopt};
-  return {state->state, state->momentum};
-}
-
 }  // namespace
 
 MomentumRuleResult momentum_delta_rule(const Tensor& q, const Tensor& k, const Tensor& v,
                                        const Tensor& g, const Tensor& beta, const Tensor& mu,
                                        const Tensor& eta, const MomentumRuleOptions& options) {
   static const auto op = detail::operator_of(spec());
+  const auto initial = options.initial_state.value_or(MomentumState());
   const auto outputs = detail::call_rule(
-      op, spec(), {q, k, v, g, beta, mu, eta, options.p},
-      detail::RuleArguments{options.scale, pair_of(options.initial_state),
-                            options.output_final_state, options.cu_seqlens, options.use_qk_l2norm});
+      op, {q, k, v, g, beta, mu, eta, options.p}, {initial.state, initial.momentum},
+      {options.scale, options.output_final_state, options.cu_seqlens, options.use_qk_l2norm});
   if (!options.output_final_state) return {outputs[0], std::nullopt};
   return {outputs[0], MomentumState{outputs[1], outputs[2]}};
 }

@@ -45,7 +45,7 @@ void refuse(const char* rule, const std::string& message) {
 }
 
 void check_shape(const char* rule, const char* name, const Tensor& tensor, const char* letters,
-                 const std::vector<c10::SymInt>& expected) {
+                 c10::SymIntArrayRef expected) {
   if (equal_shapes(tensor.sym_sizes(), expected)) return;
   refuse(rule, fmt::format("{} must be {} = {}, got {}", name, letters, shape_text(expected),
                            shape_text(tensor.sym_sizes())));
@@ -100,7 +100,7 @@ void check_packing(const char* rule, const Tensor& q, const Tensor& cu_seqlens) 
   }
 }
 
-std::vector<c10::SymInt> state_shape(const Tensor& q, const Tensor& v, const Tensor& cu_seqlens) {
+std::array<c10::SymInt, 4> state_shape(const Tensor& q, const Tensor& v, const Tensor& cu_seqlens) {
   const auto sequences = cu_seqlens.defined() ? cu_seqlens.sym_size(0) - 1 : q.sym_size(0);
   return {sequences, v.sym_size(2), q.sym_size(3), v.sym_size(3)};
 }
@@ -113,9 +113,13 @@ void check_state(const char* rule, const char* name, const Tensor& state, const 
   check_device(rule, name, state, q);
 }
 
-Tensor with_adjacent_rows(const Tensor& tensor) {
-  if (!tensor.defined() || tensor.dim() < 4) return tensor;
-  return tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor : tensor.contiguous();
+void make_rows_adjacent(Tensor& tensor) {
+  if (!tensor.defined() || tensor.dim() < 4) return;
+  if (tensor.size(3) != 1 && tensor.stride(3) != 1) tensor = tensor.contiguous();
+}
+
+void make_contiguous(Tensor& tensor) {
+  if (tensor.defined() && !tensor.is_contiguous()) tensor = tensor.contiguous();
 }
 
 core::ConstView const_view(const Tensor& tensor) {

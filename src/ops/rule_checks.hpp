@@ -2,9 +2,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <initializer_list>
 #include <string>
-#include <vector>
 
 #include "fastweights/core/view.hpp"
 
@@ -19,7 +19,7 @@ std::string shape_text(c10::SymIntArrayRef sizes);
 [[noreturn]] void refuse(const char* rule, const std::string& message);
 
 void check_shape(const char* rule, const char* name, const at::Tensor& tensor, const char* letters,
-                 const std::vector<c10::SymInt>& expected);
+                 c10::SymIntArrayRef expected);
 void check_type(const char* rule, const char* name, const at::Tensor& tensor,
                 std::initializer_list<at::ScalarType> allowed);
 void check_device(const char* rule, const char* name, const at::Tensor& tensor,
@@ -33,13 +33,14 @@ void check_value(const char* rule, const at::Tensor& q, const at::Tensor& v);
 void check_packing(const char* rule, const at::Tensor& q, const at::Tensor& cu_seqlens);
 
 /// [B, HV, K, V], or [N, HV, K, V] where cu_seqlens is defined.
-std::vector<c10::SymInt> state_shape(const at::Tensor& q, const at::Tensor& v,
-                                     const at::Tensor& cu_seqlens);
+std::array<c10::SymInt, 4> state_shape(const at::Tensor& q, const at::Tensor& v,
+                                       const at::Tensor& cu_seqlens);
 void check_state(const char* rule, const char* name, const at::Tensor& state, const at::Tensor& q,
                  const at::Tensor& v, const at::Tensor& cu_seqlens);
 
-/// The tensor, or a copy, with the elements of a row adjacent; undefined stays undefined.
-at::Tensor with_adjacent_rows(const at::Tensor& tensor);
+/// Makes the tensor one whose elements of a row are adjacent: a copy, where they are not.
+void make_rows_adjacent(at::Tensor& tensor);
+void make_contiguous(at::Tensor& tensor);
 
 core::ConstView const_view(const at::Tensor& tensor);
 core::View view(const at::Tensor& tensor);

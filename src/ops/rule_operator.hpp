@@ -4,8 +4,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <initializer_list>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "fastweights/core/rule.hpp"
@@ -40,39 +40,42 @@ struct RuleSpec {
   const core::RuleForms<double>& (*forms_double)();
 };
 
-/// Defines and implements the rule's three operators.
+/// Defines and implements the rule's three operators. `spec` outlives them.
 void register_rule(torch::Library& library, const RuleSpec& spec);
-
-/// A tensor for each of the rule's states: one, or two of a rule with a momentum.
-using States = std::vector<std::optional<at::Tensor>>;
-
-/// What every rule takes beside its tensors; see RuleOptions.
-struct RuleArguments {
-  std::optional<double> scale;
-  States initial_states;
-  bool output_final_state = false;
-  std::optional<at::Tensor> cu_seqlens;
-  bool use_qk_l2norm = false;
-};
 
 /// The rule's entries in the dispatcher; callers keep them.
 c10::OperatorHandle operator_of(const RuleSpec& spec);
 c10::OperatorHandle recurrent_operator_of(const RuleSpec& spec);
 
+/// A tensor that a rule is called with, borrowed from the caller; it may be absent or undefined.
+struct RuleArgument {
+  RuleArgument(const at::Tensor& given) : tensor(given.defined() ? &given : nullptr) {}
+  RuleArgument(const std::optional<at::Tensor>& given)
+      : tensor(given && given->defined() ? &*given : nullptr) {}
+
+  const at::Tensor* tensor;
+};
+
+using RuleTensors = std::initializer_list<RuleArgument>;
+
+/// What every rule takes beside its tensors; see RuleOptions.
+struct RuleSettings {
+  std::optional<double> scale;
+  bool output_final_state;
+  RuleArgument cu_seqlens;
+  bool use_qk_l2norm;
+};
+
 /// Calls the rule's operator: o, then the final states (empty tensors unless asked for).
-std::vector<at::Tensor> call_rule(const c10::OperatorHandle& op, const RuleSpec& spec,
-                                  const std::vector<std::optional<at::Tensor>>& inputs,
-                                  const RuleArguments& arguments);
+/// `initial_states` has one for each of the rule's states.
+std::vector<at::Tensor> call_rule(const c10::OperatorHandle& op, RuleTensors inputs,
+                                  RuleTensors initial_states, const RuleSettings& settings);
 
 /// The same for a rule with one state, by its public options.
-RuleResult call_rule(const c10::OperatorHandle& op, const RuleSpec& spec,
-                     const std::vector<std::optional<at::Tensor>>& inputs,
-                     const RuleOptions& options);
+RuleResult call_rule(const c10::OperatorHandle& op, RuleTensors inputs, const RuleOptions& options);
 
 /// Calls the rule's recurrent operator on the states in place; returns o.
-at::Tensor call_rule_recurrent(const c10::OperatorHandle& op,
-                               const std::vector<std::optional<at::Tensor>>& inputs,
-                               const std::vector<at::Tensor>& states, std::optional<double> scale,
-                               bool use_qk_l2norm);
+at::Tensor call_rule_recurrent(const c10::OperatorHandle& op, RuleTensors inputs,
+                               RuleTensors states, std::optional<double> scale, bool use_qk_l2norm);
 
 }  // namespace fastweights::detail

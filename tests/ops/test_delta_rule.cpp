@@ -6,6 +6,7 @@
 #include <catch2/generators/catch_generators.hpp>
 #include <catch2/matchers/catch_matchers.hpp>
 #include <catch2/matchers/catch_matchers_exception.hpp>
+#include <catch2/matchers/catch_matchers_string.hpp>
 #include <chrono>
 #include <string>
 #include <thread>
@@ -14,6 +15,7 @@
 #include "fastweights/core/error.hpp"
 #include "fastweights/ops/delta_rule.hpp"
 #include "fastweights/ops/gated_delta_rule.hpp"
+#include "fastweights/ops/kda.hpp"
 
 // What the operators add to the kernels, which tests/core compares with the oracle: layouts, types,
 // autograd, the in-place form, threads, messages. The sweeps over PyTorch's machinery are in
@@ -143,6 +145,67 @@ TEST_CASE("a state that is not contiguous is updated all the same", "[ops]") {
   delta_rule_recurrent_(x.q, x.k, x.v, x.beta, expected, std::nullopt, true);
   delta_rule_recurrent_(x.q, x.k, x.v, x.beta, transposed, std::nullopt, true);
   CHECK(at::equal(expected, transposed));
+}
+
+TEST_CASE("autograd knows that the recurrent form writes into its state", "[ops]") {
+  using Catch::Matchers::MessageMatches, Catch::Matchers::ContainsSubstring;
+  const Inputs x(at::kFloat);
+  const auto step = [&](Tensor& state) {
+    return delta_rule_recurrent_(x.q, x.k, x.v, x.beta, state);
+  };
+  SECTION("a value that was saved for a backward pass") {
+    const Tensor weight = at::ones({40}).requires_grad_();
+    Tensor state = x.state.clone();
+    const Tensor product = state * weight;  // saves the state
+    step(state);
+    CHECK_THROWS_MATCHES(product.sum().backward(), c10::Error,
+                         MessageMatches(ContainsSubstring("modified by an inplace operation")));
+  }
+  SECTION("a state with a history loses it: its gradient would be wrong") {
+    const Tensor leaf = x.state.clone().requires_grad_();
+    Tensor state = leaf * 2;
+    const Tensor o = step(state);
+    for (const auto& result : {o, state}) {
+      CHECK_THROWS_MATCHES(
+          result.sum().backward({}, /*retain_graph=*/true), c10::Error,
+          MessageMatches(ContainsSubstring("delta_rule_recurrent_ is not implemented")));
+    }
+  }
+  SECTION("a leaf is refused, but not without gradients") {
+    Tensor state = x.state.clone().requires_grad_();
+    CHECK_THROWS_MATCHES(step(state), c10::Error, MessageMatches(ContainsSubstring("leaf")));
+    const at::NoGradGuard guard;
+    CHECK_FALSE(step(state).requires_grad());
+    CHECK(state._version() == 1);
+  }
+  SECTION("a state without a history gets none from inputs that need a gradient") {
+    Tensor state = x.state.clone();
+    const Tensor q = x.q.clone().requires_grad_();
+    CHECK(delta_rule_recurrent_(q, x.k, x.v, x.beta, state).requires_grad());
+    CHECK_FALSE(state.requires_grad());
+  }
+  SECTION("a state made in inference mode has no version to count") {
+    Tensor state = [&] {
+      const c10::InferenceMode guard;
+      return x.state.clone();
+    }();
+    Tensor twin = x.state.clone();
+    CHECK(at::equal(step(state), step(twin)));
+    CHECK(at::equal(state, twin));
+  }
+}
+
+TEST_CASE("a tensor that is missing is refused", "[ops]") {
+  using Catch::Matchers::Message;
+  const Inputs x(at::kFloat, 6);
+  const Tensor nothing;
+  const Tensor g = at::zeros({2, 6, 4, 24});
+  CHECK_THROWS_MATCHES(kda(x.q, nothing, x.v, g, x.beta), ShapeError,
+                       Message("kda: k must be [B, T, H, K] = [2, 6, 2, 24], got [0]"));
+  Tensor state;
+  CHECK_THROWS_MATCHES(
+      delta_rule_recurrent_(x.q, x.k, x.v, x.beta, state), ShapeError,
+      Message("delta_rule: state must be [B, HV, K, V] = [2, 4, 24, 40], got [0]"));
 }
 
 TEST_CASE("no tokens: the state is copied", "[ops]") {
