@@ -259,7 +259,7 @@ struct States {
 enum class Kind { kKey, kValue, kGate, kChannelGate };
 
 /// How a tensor's elements are drawn. Tensors of one range may be one and the same.
-enum class Range { kFeature, kLowRank, kValue, kDecay, kStrength };
+enum class Range { kFeature, kReading, kWriting, kValue, kDecay, kStrength };
 
 template <class Real>
 struct Input {
@@ -289,8 +289,8 @@ std::vector<Input<Real>> all_inputs(bool channel_gate) {
           {"k", &P::k, &G::d_k},
           {"p", &P::p, &G::d_p},
           {"v", &P::v, &G::d_v, Kind::kValue, Range::kValue},
-          {"a", &P::a, &G::d_a, Kind::kKey, Range::kLowRank},
-          {"b", &P::b, &G::d_b, Kind::kKey, Range::kLowRank},
+          {"a", &P::a, &G::d_a, Kind::kKey, Range::kReading},
+          {"b", &P::b, &G::d_b, Kind::kKey, Range::kWriting},
           {"g", &P::g, &G::d_g, decay, Range::kDecay},
           {"s", &P::beta, &G::d_beta, Kind::kGate, Range::kStrength},
           {"m", &P::mu, &G::d_mu, Kind::kGate, Range::kStrength},
@@ -315,13 +315,17 @@ Rule<Real> rule_at(std::int64_t index) {
 }
 constexpr std::int64_t kRules = 6;
 
+/// What is being tried, for the line that repeats it. (After a crash, replay_rules has printed the
+/// input's path, and libFuzzer prints where it wrote it.)
+std::span<const std::uint8_t> current_input;
+
 // ---- one call ----------------------------------------------------------------------------------
 
 constexpr std::array<std::int64_t, 12> kHeadSizes = {1,  16, 31, 32,  33,  60,
                                                      64, 65, 96, 100, 128, 256};
 constexpr std::array<std::int64_t, 8> kLongLengths = {127, 128, 129, 255, 1023, 1025, 4096, 4101};
 constexpr std::array kTypes = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
-constexpr std::int64_t kMaxWork = 1 << 19;  // elements of the state times tokens
+constexpr std::int64_t kMaxWork = 1 << 16;  // elements of the state times tokens
 
 Shape draw_shape(Choices& choices) {
   Shape shape;
@@ -358,7 +362,9 @@ double draw_element(Range range, double key_scale, Gates gates, double value_sca
   const double x = random.uniform();
   switch (range) {
     case Range::kFeature: return key_scale * (2 * x - 1);
-    case Range::kLowRank: return 0.3 * key_scale * (2 * x - 1);
+    // Of opposite signs, so that b aᵀ takes away from the state and nothing grows without bound.
+    case Range::kReading: return 0.3 * key_scale * x;
+    case Range::kWriting: return -0.3 * key_scale * x;
     case Range::kValue: return value_scale * (2 * x - 1);
     case Range::kStrength: return strength_limit * x;
     case Range::kDecay: break;
@@ -683,7 +689,9 @@ class Call {
                    static_cast<long long>(view.time_stride),
                    static_cast<long long>(view.head_stride));
     }
-    std::fprintf(stderr, "\n");
+    std::fprintf(stderr, "\nreproduce: printf '");
+    for (const auto byte : current_input) std::fprintf(stderr, "\\x%02x", byte);
+    std::fprintf(stderr, "' > input && replay_rules input\n");
     require(false, promise);
   }
 
@@ -765,6 +773,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   namespace fuzz = fastweights::fuzz;
   static const bool chosen = (fuzz::choose_target(), true);
   static_cast<void>(chosen);
+  fuzz::current_input = {data, size};
   fuzz::Choices choices({data, size});
   const std::int64_t rule = choices.below(fuzz::kRules + 1);
   if (rule == fuzz::kRules) {
