@@ -105,10 +105,12 @@ struct BackwardScratch {
 /// states before its chunks and the errors of its tokens. With `states` null only the state is
 /// advanced.
 template <class Real>
-void recompute_segment(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
+void recompute_segment(const RuleParams<Real>& call, const Head& head, std::int64_t begin,
                        std::int64_t count, Real* state, DeltaBlock<Real>& block,
                        TokenBlock<Real>& rows, Real* states, Real* errors) {
   using Form = DeltaForm<Emit::kError>;
+  RuleParams<Real> params = call;
+  params.q = {};  // enters neither states nor errors
   const Shape& shape = params.shape;
   const std::int64_t stride = round_up(shape.V, kPanel<Real>);
   const std::int64_t panels = stride / kPanel<Real>;
