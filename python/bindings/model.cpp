@@ -13,6 +13,7 @@
 
 #include "bindings.hpp"
 #include "fastweights/core/error.hpp"
+#include "fastweights/nn/initial_values.hpp"
 #include "fastweights/nn/language_model.hpp"
 #include "fastweights/nn/model_folder.hpp"
 #include "named_tensors.hpp"
@@ -46,6 +47,7 @@ class KeepRandomNumbers {
 // A model whose parameters are the given tensors: they share storage.
 std::shared_ptr<Model> from_tensors(const std::string& config, const py::dict& tensors) {
   const KeepRandomNumbers keep;
+  const nn::WithoutInitialValues fast;
   auto model = std::make_shared<Model>(nn::LanguageModelConfig::from_json(config));
   std::map<std::string, at::Tensor> given;
   for (auto& [name, tensor] : to_named_tensors(tensors)) given.emplace(name, tensor);

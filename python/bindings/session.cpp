@@ -162,6 +162,8 @@ void bind_session(py::module_& module) {
            })
       .def("position",
            [](GuardedSession& self) { return self.use([](Session& s) { return s.position(); }); })
+      .def("fused",
+           [](GuardedSession& self) { return self.use([](Session& s) { return s.fused(); }); })
       .def("log", &log)
       .def(
           "save",

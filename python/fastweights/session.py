@@ -39,7 +39,7 @@ class Session:
     """
 
     def __init__(
-        self, model: "nn.LanguageModel | _C.LanguageModel", *, piece: int = 512, seed: int = 0
+        self, model: "nn.LanguageModel | _C.LanguageModel", *, piece: int = 1024, seed: int = 0
     ) -> None:
         """An empty session.
 
@@ -143,6 +143,14 @@ class Session:
     def position(self) -> int:
         """Bytes read and written so far."""
         return self._session.position()
+
+    @property
+    def fused(self) -> bool:
+        """Whether `write` runs on the fused kernels rather than module by module.
+
+        It does for a model on the CPU in fp32 or bf16.
+        """
+        return self._session.fused()
 
     def log(self) -> list[LogCall]:
         """What was read and written, call by call."""

@@ -10,6 +10,7 @@
 #include "fastweights/core/error.hpp"
 #include "fastweights/io/atomic_file.hpp"
 #include "fastweights/io/mapped_file.hpp"
+#include "fastweights/nn/initial_values.hpp"
 #include "fastweights/nn/tensor_file.hpp"
 
 namespace fastweights {
@@ -58,7 +59,9 @@ std::string shape_mismatch(const std::string& name, const at::Tensor& expected,
   return out.str();
 }
 
-void copy_weights(const fs::path& path, nn::LanguageModelImpl& model) {
+// The tensors of a file, of which there is one of the right shape for each parameter.
+std::map<std::string, at::Tensor> read_weights(const fs::path& path,
+                                               const nn::LanguageModelImpl& model) {
   std::map<std::string, at::Tensor> stored;
   for (auto& [name, tensor] : nn::load_tensors(path)) stored.emplace(name, std::move(tensor));
   Mismatches mismatches;
@@ -77,8 +80,7 @@ void copy_weights(const fs::path& path, nn::LanguageModelImpl& model) {
     if (!parameters.contains(name)) mismatches.add(name + " is not known");
   }
   mismatches.throw_if_any(path);
-  const at::NoGradGuard no_grad;
-  for (const auto& item : parameters) item.value().copy_(stored.at(item.key()));
+  return stored;
 }
 
 void make_folder(const fs::path& folder) {
@@ -91,11 +93,15 @@ void make_folder(const fs::path& folder) {
 
 std::shared_ptr<const nn::LanguageModelImpl> load_model(const fs::path& folder,
                                                         at::ScalarType dtype) {
-  auto model = std::make_shared<nn::LanguageModelImpl>(read_config(folder));
-  model->to(dtype);
-  copy_weights(folder / kWeightsFile, *model);
+  const auto config = read_config(folder);
+  const nn::WithoutInitialValues fast;
+  auto model = std::make_shared<nn::LanguageModelImpl>(config);
+  const auto stored = read_weights(folder / kWeightsFile, *model);
+  for (auto& item : model->named_parameters()) {
+    item.value().set_data(stored.at(item.key()).to(dtype));
+    item.value().requires_grad_(false);
+  }
   model->eval();
-  for (auto& parameter : model->parameters()) parameter.requires_grad_(false);
   return model;
 }
 
@@ -104,7 +110,9 @@ void load_weights(const fs::path& folder, nn::LanguageModelImpl& model) {
     throw StateMismatch((folder / kConfigFile).string() +
                         " is not the configuration of the model that it is read into");
   }
-  copy_weights(folder / kWeightsFile, model);
+  const auto stored = read_weights(folder / kWeightsFile, model);
+  const at::NoGradGuard no_grad;
+  for (auto& item : model.named_parameters()) item.value().copy_(stored.at(item.key()));
 }
 
 void save_model(const fs::path& folder, const nn::LanguageModelImpl& model,

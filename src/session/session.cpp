@@ -12,6 +12,7 @@
 #include <span>
 #include <utility>
 
+#include "decoder.hpp"
 #include "fastweights/core/error.hpp"
 #include "fastweights/io/mapped_file.hpp"
 #include "fastweights/io/quote.hpp"
@@ -186,6 +187,7 @@ at::Tensor restored(const std::string& name, const at::Tensor& like,
 
 Session::Session(Model model, const SessionOptions& options)
     : model_(checked(std::move(model))),
+      decoder_(detail::Decoder::make(*model_)),
       options_(options),
       place_(fresh_place(*model_)),
       generator_{.seed = options.seed},
@@ -252,7 +254,11 @@ std::string Session::write(const WriteOptions& options) {
   std::exception_ptr thrown;
   for (bool more = true; more && std::ssize(written) < options.max_tokens;) {
     written.push_back(sample(place.logits, options, generator));
-    advance(place, *model_, {written.back()}, /*in_place=*/true);
+    if (decoder_) {
+      place.logits = decoder_->step(written.back(), place.state);
+    } else {
+      advance(place, *model_, {written.back()}, /*in_place=*/true);
+    }
     const std::string bytes = io::ByteTokenizer().decode(std::span(written).last(1));
     text += bytes;
     more = wants_more(options, bytes, thrown) &&

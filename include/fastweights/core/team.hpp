@@ -50,7 +50,7 @@ class Team {
   static constexpr int kNumberShift = 2 * kBits;
   static constexpr std::uint64_t kMask = (std::uint64_t{1} << kBits) - 1;
   static constexpr std::uint64_t kNumberMask = (std::uint64_t{1} << (64 - kNumberShift)) - 1;
-  static constexpr int kSpins = 4096;
+  static constexpr int kSpins = 256;
 
   struct Finish {
     Team& team;

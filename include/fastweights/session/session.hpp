@@ -46,7 +46,7 @@ using Progress = std::function<bool(std::int64_t done, std::int64_t total)>;
 struct SessionOptions {
   /// Tokens that a read processes at once, counted from the start of each call. It decides speed,
   /// the memory that a read needs, and rounding; so it belongs to the session.
-  std::int64_t piece = 512;
+  std::int64_t piece = 1024;
   /// Seed of the generator that `write` draws from until it is given another one.
   std::uint64_t seed = 0;
 };

@@ -1,0 +1,185 @@
+#include "decoder.hpp"
+
+#include <torch/torch.h>
+
+#include <utility>
+
+#include "../ops/layer_op.hpp"
+
+namespace fastweights::detail {
+namespace {
+
+using nn::LanguageModelConfig;
+
+/// Takes the tensors of a model, as long as each is what it should be.
+class Taker {
+ public:
+  explicit Taker(at::ScalarType type) : type_(type) {}
+
+  bool fits() const { return fits_; }
+  std::vector<at::Tensor> kept() && { return std::move(kept_); }
+
+  cpu::Weights matrix(const at::Tensor& weight, std::int64_t rows, std::int64_t columns) {
+    if (!check(weight, {rows, columns})) return {};
+    kept_.push_back(weight);
+    return {weight.const_data_ptr(), rows, columns};
+  }
+
+  cpu::Weights matrix(const torch::nn::Linear& linear, std::int64_t rows, std::int64_t columns) {
+    fits_ = fits_ && !linear.is_empty() && !linear->bias.defined();
+    return fits_ ? matrix(linear->weight, rows, columns) : cpu::Weights{};
+  }
+
+  /// An fp32 copy.
+  const float* vector(const at::Tensor& tensor, at::IntArrayRef sizes) {
+    if (!check(tensor, sizes)) return nullptr;
+    return keep(tensor);
+  }
+
+  /// The same of the transpose.
+  const float* transposed(const at::Tensor& tensor, at::IntArrayRef sizes) {
+    if (!check(tensor, sizes)) return nullptr;
+    return keep(tensor.t());
+  }
+
+ private:
+  bool check(const at::Tensor& tensor, at::IntArrayRef sizes) {
+    fits_ = fits_ && tensor.defined() && tensor.device().is_cpu() && tensor.sizes() == sizes &&
+            tensor.scalar_type() == type_ && tensor.is_contiguous();
+    return fits_;
+  }
+
+  const float* keep(const at::Tensor& tensor) {
+    kept_.push_back(tensor.detach().to(at::kFloat, false, /*copy=*/true).contiguous());
+    return kept_.back().const_data_ptr<float>();
+  }
+
+  at::ScalarType type_;
+  bool fits_ = true;
+  std::vector<at::Tensor> kept_;
+};
+
+cpu::DecodingSizes sizes_of(const LanguageModelConfig& config) {
+  cpu::DecodingSizes sizes;
+  sizes.width = config.width;
+  sizes.feed_forward_width = config.feed_forward_width;
+  if (config.attention) {
+    sizes.attention_heads = config.attention_heads;
+    sizes.attention_window = config.attention_window;
+    sizes.attention_sinks = config.attention_sinks;
+    sizes.rope_base = config.rope_base;
+  }
+  if (config.memory) {
+    sizes.memory_heads = config.memory_heads;
+    sizes.memory_value_heads = config.memory_value_heads;
+    sizes.memory_key_size = config.memory_key_size;
+    sizes.memory_value_size = config.memory_value_size;
+    sizes.convolution_size = config.convolution_size;
+    sizes.beta_max = config.beta_max;
+  }
+  sizes.norm_epsilon = config.norm_epsilon;
+  return sizes;
+}
+
+cpu::DecodingAttention attention_of(const nn::BlockImpl& block, const cpu::DecodingSizes& s,
+                                    Taker& take) {
+  const auto& from = *block.attention;
+  const auto size = s.width / s.attention_heads;
+  return {take.matrix(from.query, s.width, s.width),
+          take.matrix(from.key, s.width, s.width),
+          take.matrix(from.value, s.width, s.width),
+          take.matrix(from.output, s.width, s.width),
+          take.vector(from.sink_key, {s.attention_heads, s.attention_sinks, size / 2}),
+          take.vector(from.sink_value, {s.attention_heads, s.attention_sinks, size}),
+          take.vector(block.mix_attention, {s.width})};
+}
+
+cpu::DecodingMemory memory_of(const nn::BlockImpl& block, const cpu::DecodingSizes& s, bool gated,
+                              Taker& take) {
+  const auto& from = *block.memory;
+  const auto heads = s.memory_value_heads;
+  cpu::DecodingMemory memory;
+  memory.query = take.matrix(from.query, s.keys(), s.width);
+  memory.key = take.matrix(from.key, s.keys(), s.width);
+  memory.value = take.matrix(from.value, s.values(), s.width);
+  memory.beta = take.matrix(from.beta, heads, s.width);
+  memory.gate = take.matrix(from.gate, s.values(), s.width);
+  memory.output = take.matrix(from.output, s.width, s.values());
+  memory.convolution =
+      take.transposed(from.convolution_weight, {2 * s.keys() + s.values(), s.convolution_size});
+  memory.norm = take.vector(from.norm_weight, {s.memory_value_size});
+  memory.mix = take.vector(block.mix_memory, {s.width});
+  if (!gated) return memory;
+  memory.decay = take.matrix(from.decay, heads, s.width);
+  memory.a_log = take.vector(from.a_log, {heads});
+  memory.dt_bias = take.vector(from.dt_bias, {heads});
+  return memory;
+}
+
+cpu::DecodingLayer layer_of(const nn::BlockImpl& block, const LanguageModelConfig& config,
+                            const cpu::DecodingSizes& sizes, Taker& take) {
+  const auto width = sizes.width;
+  const auto hidden = sizes.feed_forward_width;
+  cpu::DecodingLayer layer;
+  layer.mixer_norm = take.vector(block.mixer_norm->weight, {width});
+  layer.feed_forward_norm = take.vector(block.feed_forward_norm->weight, {width});
+  if (block.attention_enabled && !block.attention.is_empty()) {
+    layer.attention = attention_of(block, sizes, take);
+  }
+  if (block.memory_enabled && !block.memory.is_empty()) {
+    const bool gated = config.memory_rule == "gated_delta_rule";
+    layer.memory = memory_of(block, sizes, gated, take);
+  }
+  layer.gate = take.matrix(block.feed_forward->gate, hidden, width);
+  layer.up = take.matrix(block.feed_forward->up, hidden, width);
+  layer.down = take.matrix(block.feed_forward->down, width, hidden);
+  return layer;
+}
+
+cpu::DecodingState state_of(const nn::BlockState& block) {
+  const auto data = [](const at::Tensor& tensor) -> void* {
+    return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+  };
+  return {static_cast<float*>(data(block.memory.state)), data(block.memory.conv),
+          data(block.attention.key), data(block.attention.value)};
+}
+
+}  // namespace
+
+std::unique_ptr<Decoder> Decoder::make(const nn::LanguageModelImpl& model) {
+  const at::NoGradGuard no_gradient;
+  const auto& config = model.config();
+  const auto type = model.norm->weight.scalar_type();
+  if (type != at::kFloat && type != at::kBFloat16) return nullptr;
+  Taker take(type);
+  std::unique_ptr<Decoder> decoder(new Decoder());
+  auto& plan = decoder->model_;
+  plan.dtype = dtype_of(model.norm->weight);
+  plan.sizes = sizes_of(config);
+  plan.embedding = take.matrix(model.embedding->weight, config.vocabulary_size, config.width);
+  for (const auto& block : model.blocks) {
+    plan.layers.push_back(layer_of(*block, config, plan.sizes, take));
+  }
+  plan.norm = take.vector(model.norm->weight, {config.width});
+  plan.output = model.output.is_empty()
+                    ? plan.embedding
+                    : take.matrix(model.output, config.vocabulary_size, config.width);
+  if (!take.fits()) return nullptr;
+  decoder->kept_ = std::move(take).kept();
+  return decoder;
+}
+
+at::Tensor Decoder::step(std::int64_t token, nn::LanguageModelState& state) const {
+  std::vector<cpu::DecodingState> states;
+  states.reserve(state.blocks.size());
+  for (const auto& block : state.blocks) states.push_back(state_of(block));
+  core::AlignedBuffer<float> scratch(static_cast<std::size_t>(cpu::decoding_scratch(model_)));
+  auto* position = state.position.mutable_data_ptr<std::int64_t>();
+  at::Tensor logits = at::empty({model_.output.rows}, at::kFloat);
+  cpu::decode_token(model_, token, *position, states, scratch.data(),
+                    logits.mutable_data_ptr<float>(), parallel_executor());
+  *position += 1;
+  return logits;
+}
+
+}  // namespace fastweights::detail

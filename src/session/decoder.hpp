@@ -1,0 +1,35 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "fastweights/core/aligned_buffer.hpp"
+#include "fastweights/core/decoding.hpp"
+#include "fastweights/nn/language_model.hpp"
+#include "fastweights/nn/state.hpp"
+
+namespace fastweights::detail {
+
+/// Steps a model token by token on the fused kernels, without the dispatcher. It reads the model's
+/// matrices where they lie, and keeps copies of its vectors alone.
+class Decoder {
+ public:
+  /// Null if the kernels cannot run this model as its modules would: it is not on the CPU, not all
+  /// in fp32 or all in bf16, or a module is not what the configuration says (another size, a bias).
+  static std::unique_ptr<Decoder> make(const nn::LanguageModelImpl& model);
+
+  /// Reads one token of a batch of one: `state` moves on in place. Returns the logits of the next
+  /// one, fp32 [vocabulary].
+  at::Tensor step(std::int64_t token, nn::LanguageModelState& state) const;
+
+ private:
+  Decoder() = default;
+
+  cpu::DecodingModel model_;
+  std::vector<at::Tensor> kept_;  // what `model_` points at
+};
+
+}  // namespace fastweights::detail
