@@ -29,7 +29,7 @@ struct RuleParams : Packing {
   const Real* initial_momentum = nullptr;  // the same
   Real* final_state = nullptr;     // [N, HV, K, V], null if not wanted; may equal initial_state
   Real* final_momentum = nullptr;  // the same
-  View o;                          // [B, T, HV, V]
+  View o;                          // [B, T, HV, V]; overlaps no input
 };
 
 /// Gradients of a loss with respect to everything that the forward call read; null where the rule
