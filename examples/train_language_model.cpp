@@ -2,6 +2,11 @@
 
 #include <fmt/format.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+#include <climits>
 #include <csignal>
 #include <cstdlib>
 #include <exception>
@@ -26,9 +31,20 @@ void catch_signals() {
   sigaction(SIGTERM, &action, nullptr);
 }
 
+/// Every step needs the same memory again. Given back to the system in between, it would have to be
+/// cleared page by page: a tenth of a step in bf16.
+void keep_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most that glibc takes
+  mallopt(M_TRIM_THRESHOLD, INT_MAX);
+  mallopt(M_TOP_PAD, 256 << 20);
+#endif
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  keep_memory();
   try {
     training::Trainer trainer(training::parse_options(argc, argv));
     catch_signals();

@@ -157,7 +157,7 @@ class Rwkv7:
         strategy = "cpu bf16" if dtype == torch.bfloat16 else "cpu fp32"
         with contextlib.redirect_stdout(io.StringIO()), torch.inference_mode():
             self._model = RWKV(model=str(folder / "rwkv7"), strategy=strategy)
-        self._count = sum(tensor.numel() for tensor in self._model.z.values())
+        self._count: int = sum(tensor.numel() for tensor in self._model.z.values())
         self._token = 0
         self._state: Any = None
 
@@ -211,9 +211,11 @@ class Qwen:
         from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
         from transformers.utils import logging
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        self._model = Qwen3_5ForCausalLM.from_pretrained(folder / "qwen3.5", dtype=dtype).eval()
+        quiet: Any = logging
+        quiet.set_verbosity_error()
+        quiet.disable_progress_bar()
+        kind: Any = Qwen3_5ForCausalLM
+        self._model = kind.from_pretrained(folder / "qwen3.5", dtype=dtype).eval()
         self._token = torch.zeros(1, 1, dtype=torch.int64)
         self._cache: Any = None
 

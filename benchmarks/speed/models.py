@@ -94,7 +94,7 @@ def training(contender: Contender, folder: Path) -> Call:
     def step() -> None:
         logits = trainable.logits(tokens[:, :-1])
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[0, 1:])
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -162,7 +162,7 @@ def measure_start(threads: int, samples: int, folder: Path) -> list[Row]:
     for _ in tqdm(range(samples), desc=f"start, {threads} threads", leave=False):
         for contender, found in rows.items():
             dtype = str(DTYPES[contender.precision]).removeprefix("torch.")
-            command = [sys.executable, program, contender.name, folder, dtype, str(threads)]
+            command = [sys.executable, *map(str, (program, contender.name, folder, dtype, threads))]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             found.append(json.loads(output.splitlines()[-1]))
     return [

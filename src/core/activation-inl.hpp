@@ -55,13 +55,26 @@ void finish_row(const Real* from, std::int64_t size, void* row, DType dtype) {
   if (from != row) store_row(from, size, row, dtype);
 }
 
+/// 1 / x for x in [1, 2^126]. In fp32 an estimate and a Newton step, half an ulp worse than a
+/// division, take a third of its time.
+template <class D, class V>
+HWY_INLINE V reciprocal(D d, V x) {
+  using Real = hn::TFromD<D>;
+  if constexpr (std::is_same_v<Real, float> && HWY_TARGET != HWY_SCALAR) {
+    const auto estimate = hn::ApproximateReciprocal(x);
+    return hn::Mul(estimate, hn::NegMulAdd(x, estimate, hn::Set(d, Real{2})));
+  } else {
+    return hn::Div(hn::Set(d, Real{1}), x);
+  }
+}
+
 /// 1 / (1 + exp(−x)), without overflow.
 template <class D, class V>
 HWY_INLINE V sigmoid(D d, V x) {
   using Real = hn::TFromD<D>;
   const auto limit = hn::Set(d, std::is_same_v<Real, double> ? Real(700) : Real(87));
   const auto one = hn::Set(d, Real{1});
-  return hn::Div(one, hn::Add(one, hn::Exp(d, hn::Min(hn::Neg(x), limit))));
+  return reciprocal(d, hn::Add(one, hn::Exp(d, hn::Min(hn::Neg(x), limit))));
 }
 
 /// The derivative of silu(x) = x · s, where s = sigmoid(x).
