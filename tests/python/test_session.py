@@ -48,6 +48,40 @@ def alarm() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+# ---- fused kernels ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_it_writes_is_what_the_python_model_would(variant: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    model = small_model(variant, vocabulary_size=256).to(dtype)
+    session = Session(model)
+    assert session.fused
+    text = session.write(max_tokens=24, seed=1).encode("utf-8", "surrogateescape")
+    # The same weights, computed with in fp32.
+    exact = small_model(variant, vocabulary_size=256)
+    exact.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+
+    def logits(of: LanguageModel) -> torch.Tensor:
+        with torch.no_grad():
+            output = of(torch.tensor([list(text)]), last_logits_only=True).logits
+        assert output is not None
+        return output.flatten()
+
+    def error(of: torch.Tensor) -> float:
+        return float((of - logits(exact)).norm() / logits(exact).norm())
+
+    # In bf16 the modules round every activation, the fused kernels only what the state keeps.
+    assert error(session.logits()) < (1e-5 if dtype == torch.float32 else error(logits(model)))
+
+
+def test_a_model_in_fp64_is_run_by_its_modules() -> None:
+    session = Session(small_model(vocabulary_size=256).double())
+    assert not session.fused
+    assert len(session.write(max_tokens=3).encode("utf-8", "surrogateescape")) == 3
+
+
 # ---- reading ------------------------------------------------------------------------------------
 
 
