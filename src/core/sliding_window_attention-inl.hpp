@@ -97,7 +97,8 @@ class SegmentRows {
         width_(round_up(head.p.size, kPanel<Real>)),
         past_(head.p.window - 1),
         data_(static_cast<std::size_t>(2 * (head.p.sinks + past_ + kSegment) * width_)) {
-    std::fill_n(data_.data(), data_.size(), Real{0});
+    // Rows are read only where they were loaded: what has to be zero is what lies behind `size`.
+    if (width_ != head.p.size) std::fill_n(data_.data(), data_.size(), Real{0});
     for (std::int64_t sink = 0; sink < head.p.sinks; ++sink) {
       head.load_sink(sink, sink_keys() + sink * width_, sink_values() + sink * width_);
     }
