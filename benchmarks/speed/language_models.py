@@ -190,7 +190,7 @@ def qwen_config() -> Any:
     return Qwen3_5TextConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
-        intermediate_size=1496,
+        intermediate_size=1472,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
