@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _C
 from .nn import LanguageModel, LanguageModelConfig
+from .nn._projection import without_initial_values
 
 PathLike = str | os.PathLike[str]
 
@@ -28,7 +29,7 @@ def load_model(path: PathLike, dtype: torch.dtype = torch.float32) -> LanguageMo
         StateMismatch: naming the tensors that are missing, of another shape, or not known.
     """
     native = _C.LanguageModel.load(path, dtype)
-    with torch.device("meta"):
+    with without_initial_values():
         model = LanguageModel(LanguageModelConfig.from_json(native.config))
     model.load_state_dict(native.tensors(), assign=True)
     return model.eval()
