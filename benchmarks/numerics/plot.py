@@ -49,7 +49,8 @@ def draw_regimes(axes: Any, rows: list[Row]) -> None:
     axes.set_xticks(range(len(regimes)), regimes, rotation=40, ha="right")
     axes.set_ylabel("RMS(error) / RMS(fp64)")
     axes.set_title("fp32 by regime; one mark for each rule (exact results are not shown)")
-    axes.legend(loc="lower left", fontsize=8, ncols=2)
+    axes.set_ylim(1e-8, 1e-3)
+    axes.legend(loc="upper left", fontsize=8, ncols=2)
 
 
 def scatter(
@@ -77,4 +78,5 @@ def draw_long_runs(axes: Any, rows: list[Row]) -> None:
     axes.set_xlabel("tokens in one call")
     axes.set_ylabel("RMS(error) / RMS(fp64) of the state")
     axes.set_title("fp32 along a million tokens")
+    axes.set_ylim(2e-8, 1e1)
     axes.legend(fontsize=6.5, loc="upper left", ncols=2)

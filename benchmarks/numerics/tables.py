@@ -103,9 +103,14 @@ def denormals_table(rows: list[Row]) -> str:
     for regime in unique(measured, "regime"):
         for dtype in unique(measured, "dtype"):
             mine = of_kind(measured, regime=regime, dtype=dtype)
-            cells = [
-                f"{max(worst(row, kind, 'units') for row in mine):.2g}" for kind in ("o", "state")
-            ]
+            steps = {
+                kind: f"{max(worst(row, kind, 'units') for row in mine):.2g}"
+                for kind in ("o", "state")
+            }
+            if dtype == "float16":  # whose smallest numbers are ordinary ones to an fp32 state
+                relative = short(max(worst(row, "state") for row in mine))
+                steps["state"] = f"(relative) {relative}"
+            cells = list(steps.values())
             body.append([f"{regime}: {mine[0]['meaning']}", NAMES[dtype], *cells])
     return table(["regime", "inputs", "o", "state"], body)
 

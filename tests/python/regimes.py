@@ -71,10 +71,10 @@ def _mixed_gates(x: Tensors, _: torch.dtype) -> Tensors:
     return x | {"g": choices[torch.randint(5, x["g"].shape, generator=generator)]}
 
 
-def _beta(value: float, keep_gates: bool) -> Callable[[Tensors, torch.dtype], Tensors]:
+def _beta(value: float) -> Callable[[Tensors, torch.dtype], Tensors]:
     def change(x: Tensors, _: torch.dtype) -> Tensors:
         changed = x | {"beta": torch.full_like(x["beta"], value)}
-        if "g" in x and not keep_gates:
+        if "g" in x:  # no decay, which would take the state below every number
             changed["g"] = torch.zeros_like(x["g"])
         return changed
 
@@ -118,11 +118,11 @@ REGIMES = (
     Regime("gate -50", "every g is −50: a decay of 2·10⁻²²", _gate(-50.0), "g"),
     Regime("gate -inf", "every g is −∞: each token forgets all before it", _gate(-INFINITY), "g"),
     Regime("gates mixed", "each g is one of 0, −10⁻⁶, −0.1, −50, −∞", _mixed_gates, "g"),
-    Regime("beta 0", "β = 0: nothing is written", _beta(0.0, keep_gates=True), "beta"),
+    Regime("beta 0", "β = 0, no decay: nothing is written", _beta(0.0), "beta"),
     Regime(
         "beta 2",
         "β = 2, unit keys, no decay: every write is a reflection, nothing is damped",
-        _beta(2.0, keep_gates=False),
+        _beta(2.0),
         "beta",
         spares=("momentum_delta_rule",),
     ),

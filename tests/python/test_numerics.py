@@ -1,6 +1,10 @@
 """Extreme gates, strengths, keys and values: outputs, states and gradients of every rule against
 the fp64 oracle, with the tolerances of comparison.py. benchmarks/numerics measures the same."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from comparison import (
@@ -115,3 +119,9 @@ def test_values_of_any_scale_have_the_same_rounding(rule: str) -> None:
     one, two = call(rule, x), call(rule, x | scaled)
     for name, result in one.items():
         assert torch.equal(result * factor, two[name])
+
+
+def test_tables_of_the_page_are_those_of_the_result() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "numerics" / "tables.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
