@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "fastweights/core/rule.hpp"
 #include "fastweights/core/rows-inl.hpp"
+#include "fastweights/core/rule.hpp"
 
 // One call of a delta rule on memory of its own, in any element type, beside the same call in fp64.
 
