@@ -152,28 +152,27 @@ HWY_INLINE void scatter_blocks(D d, V v, hn::TFromD<D>* out, std::int64_t stride
 }
 #endif
 
-/// out[c][r] ← scale[r] · in[r][c] for the columns of one vector of `d` and as many rows as a
-/// transposed block has; row r begins at `in[r]`.
+/// out[c][r] ← in[r][c] for the columns of one vector of `d` and as many rows as a transposed block
+/// has.
 #if HWY_TARGET == HWY_SCALAR
 template <class D, class Real>
-HWY_INLINE void transpose_columns(D, const Real* const* in, const Real* scale, std::int64_t column,
-                                  Real* out, std::int64_t out_stride) {
-  out[column * out_stride] = scale[0] * in[0][column];
+HWY_INLINE void transpose_columns(D /*d*/, const Real* in, std::int64_t /*in_stride*/, Real* out,
+                                  std::int64_t /*out_stride*/) {
+  *out = *in;
 }
 #else
 template <class D>
-HWY_INLINE void transpose_columns(D d, const float* const* in, const float* scale,
-                                  std::int64_t column, float* out, std::int64_t out_stride) {
+HWY_INLINE void transpose_columns(D d, const float* in, std::int64_t in_stride, float* out,
+                                  std::int64_t out_stride) {
   const hn::Repartition<double, D> dd;
-  const auto row = [&](int r) {
-    return hn::Mul(hn::Set(d, scale[r]), hn::LoadU(d, in[r] + column));
-  };
-  const auto r0 = row(0), r1 = row(1), r2 = row(2), r3 = row(3);
+  const auto r0 = hn::LoadU(d, in);
+  const auto r1 = hn::LoadU(d, in + in_stride);
+  const auto r2 = hn::LoadU(d, in + 2 * in_stride);
+  const auto r3 = hn::LoadU(d, in + 3 * in_stride);
   const auto a = hn::BitCast(dd, hn::InterleaveLower(d, r0, r1));  // 00 10 01 11 of each block
   const auto b = hn::BitCast(dd, hn::InterleaveLower(d, r2, r3));
   const auto e = hn::BitCast(dd, hn::InterleaveUpper(d, r0, r1));  // 02 12 03 13
   const auto f = hn::BitCast(dd, hn::InterleaveUpper(d, r2, r3));
-  out += column * out_stride;
   const std::int64_t block = 4 * out_stride;
   scatter_blocks(d, hn::BitCast(d, hn::InterleaveLower(dd, a, b)), out, block);
   scatter_blocks(d, hn::BitCast(d, hn::InterleaveUpper(dd, a, b)), out + out_stride, block);
@@ -182,36 +181,15 @@ HWY_INLINE void transpose_columns(D d, const float* const* in, const float* scal
 }
 
 template <class D>
-HWY_INLINE void transpose_columns(D d, const double* const* in, const double* scale,
-                                  std::int64_t column, double* out, std::int64_t out_stride) {
-  const auto r0 = hn::Mul(hn::Set(d, scale[0]), hn::LoadU(d, in[0] + column));
-  const auto r1 = hn::Mul(hn::Set(d, scale[1]), hn::LoadU(d, in[1] + column));
-  out += column * out_stride;
+HWY_INLINE void transpose_columns(D d, const double* in, std::int64_t in_stride, double* out,
+                                  std::int64_t out_stride) {
+  const auto r0 = hn::LoadU(d, in);
+  const auto r1 = hn::LoadU(d, in + in_stride);
   const std::int64_t block = 2 * out_stride;
   scatter_blocks(d, hn::InterleaveLower(d, r0, r1), out, block);
   scatter_blocks(d, hn::InterleaveUpper(d, r0, r1), out + out_stride, block);
 }
 #endif
-
-/// out[c][r] ← scale[r] · in[r][c] for `rows` rows that lie anywhere; rows is a multiple of
-/// `kTransposeBlock`, and columns are rounded up to one: both sides carry that much padding.
-template <class Real>
-void transpose_rows(const Real* const* in, const Real* scale, std::int64_t rows,
-                    std::int64_t columns, Real* out, std::int64_t out_stride) {
-  constexpr std::int64_t kBlock = kTransposeBlock<Real>;
-  const Tag<Real> d;
-  const hn::CappedTag<Real, static_cast<std::size_t>(kBlock)> narrow;
-  constexpr auto kLanes = static_cast<std::int64_t>(hn::MaxLanes(d));
-  for (std::int64_t r = 0; r < rows; r += kBlock) {
-    std::int64_t c = 0;
-    for (; c + kLanes <= columns; c += kLanes) {
-      transpose_columns(d, in + r, scale + r, c, out + r, out_stride);
-    }
-    for (; c < columns; c += kBlock) {
-      transpose_columns(narrow, in + r, scale + r, c, out + r, out_stride);
-    }
-  }
-}
 
 /// out[c][r] ← in[r][c]; rows and columns are rounded up to whole blocks, so both operands carry
 /// that much padding.
@@ -219,12 +197,19 @@ template <class Real>
 void transpose(const Real* in, std::int64_t in_stride, std::int64_t rows, std::int64_t columns,
                Real* out, std::int64_t out_stride) {
   constexpr std::int64_t kBlock = kTransposeBlock<Real>;
-  Real scale[kBlock];
-  for (Real& factor : scale) factor = 1;
+  const Tag<Real> d;
+  const hn::CappedTag<Real, static_cast<std::size_t>(kBlock)> narrow;
+  constexpr auto kLanes = static_cast<std::int64_t>(hn::MaxLanes(d));
   for (std::int64_t r = 0; r < rows; r += kBlock) {
-    const Real* pointers[kBlock];
-    for (std::int64_t i = 0; i < kBlock; ++i) pointers[i] = in + (r + i) * in_stride;
-    transpose_rows(pointers, scale, kBlock, columns, out + r, out_stride);
+    const Real* from = in + r * in_stride;
+    Real* to = out + r;
+    std::int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) {
+      transpose_columns(d, from + c, in_stride, to + c * out_stride, out_stride);
+    }
+    for (; c < columns; c += kBlock) {
+      transpose_columns(narrow, from + c, in_stride, to + c * out_stride, out_stride);
+    }
   }
 }
 

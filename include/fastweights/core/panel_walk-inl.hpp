@@ -373,7 +373,7 @@ void for_each_head_group(const Packing& call, const Executor& executor, const Bo
 }
 
 /// Values and outputs of up to `kBlock` tokens of one head: the call's own rows where the kernels
-/// can work on them, else copies. `outputs` may be null.
+/// can work on them, else copies.
 template <class Real>
 class TokenBlock {
  public:
