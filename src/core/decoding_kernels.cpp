@@ -1,9 +1,6 @@
 // One token through a language model. Every loop over a team's threads is cut the same way for any
 // number of them, and every row of a product is summed in the same order.
 
-// Sets that would add code but no speed here.
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_AVX3_DL)
-
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "decoding_kernels.cpp"
 #include <hwy/cache_control.h>
@@ -213,8 +210,14 @@ void silu(const float* x, const float* factor, std::int64_t size, float* out) {
 template <class T>
 class Decoder {
  public:
-  Decoder(const DecodingModel& model, std::int64_t position, Scratch& scratch, Team& team)
-      : model_(model), sizes_(model.sizes), position_(position), s_(scratch), team_(team) {}
+  Decoder(const DecodingModel& model, std::int64_t position, float strength, Scratch& scratch,
+          Team& team)
+      : model_(model),
+        sizes_(model.sizes),
+        position_(position),
+        strength_(strength),
+        s_(scratch),
+        team_(team) {}
 
   void run(std::int64_t token, const std::vector<DecodingState>& states, float* logits) {
     const T* row = static_cast<const T*>(model_.embedding.data) + token * sizes_.width;
@@ -338,8 +341,9 @@ class Decoder {
     const float scale = 1.0f / std::sqrt(static_cast<float>(K));
     scale_row(query, inverse_norm(query, K) * scale, K, q);
     scale_row(key, inverse_norm(key, K), K, k);
-    const float beta =
+    const float trained =
         static_cast<float>(sizes_.beta_max) / (1.0f + std::exp(-std::max(s_.beta[head], -87.0f)));
+    const float beta = std::min(trained * strength_, 2.0f);
     const Token<float> token{q, k, decay_of_head(m, head), beta, dot(q, k, K)};
     step_token(token, K, V, s_.features + 2 * sizes_.keys() + head * V, state.memory + head * K * V,
                o);
@@ -349,10 +353,10 @@ class Decoder {
   }
 
   float decay_of_head(const DecodingMemory& m, std::int64_t head) const {
-    if (m.decay.data == nullptr) return 1.0f;
+    if (m.decay.data == nullptr || strength_ == 0.0f) return 1.0f;
     const float x = s_.decay[head] + m.dt_bias[head];
     const float softplus = x > 20.0f ? x : std::log1p(std::exp(x));
-    return std::exp(-std::exp(m.a_log[head]) * softplus);
+    return std::exp(-std::exp(m.a_log[head]) * softplus * std::min(strength_, 1.0f));
   }
 
   /// One head of attention, over the sinks and the ring. The token's own key and value go into the
@@ -481,20 +485,21 @@ class Decoder {
   const DecodingModel& model_;
   const DecodingSizes& sizes_;
   std::int64_t position_;
+  float strength_;
   Scratch& s_;
   Team& team_;
 };
 
-void decode(const DecodingModel& model, std::int64_t token, std::int64_t position,
+void decode(const DecodingModel& model, std::int64_t token, std::int64_t position, float strength,
             const std::vector<DecodingState>& states, float* memory, float* logits,
             const Executor& executor) {
   Scratch scratch(model.sizes);
   scratch.start_at(memory);
   Team::run(executor, [&](Team& team) {
     if (model.dtype == DType::kBFloat16) {
-      Decoder<hwy::bfloat16_t>(model, position, scratch, team).run(token, states, logits);
+      Decoder<hwy::bfloat16_t>(model, position, strength, scratch, team).run(token, states, logits);
     } else {
-      Decoder<float>(model, position, scratch, team).run(token, states, logits);
+      Decoder<float>(model, position, strength, scratch, team).run(token, states, logits);
     }
   });
 }
@@ -522,10 +527,10 @@ std::int64_t decoding_scratch(const DecodingModel& model) {
 }
 
 void decode_token(const DecodingModel& model, std::int64_t token, std::int64_t position,
-                  const std::vector<DecodingState>& states, float* scratch, float* logits,
-                  const Executor& executor) {
+                  float strength, const std::vector<DecodingState>& states, float* scratch,
+                  float* logits, const Executor& executor) {
   using namespace core;
-  HWY_DYNAMIC_DISPATCH(decode)(model, token, position, states, scratch, logits, executor);
+  HWY_DYNAMIC_DISPATCH(decode)(model, token, position, strength, states, scratch, logits, executor);
 }
 
 }  // namespace fastweights::cpu

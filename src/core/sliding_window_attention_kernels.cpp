@@ -1,6 +1,3 @@
-// Sets that would add code but no speed here.
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_AVX3_DL)
-
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "sliding_window_attention_kernels.cpp"
 #include <hwy/foreach_target.h>
