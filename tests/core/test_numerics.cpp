@@ -1,5 +1,6 @@
 // Long sequences in one call: errors do not grow with the tokens. benchmarks/numerics/accuracy.py
 // measures the same along a million.
+#include <algorithm>
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/generators/catch_generators.hpp>
 #include <cmath>
@@ -91,6 +92,49 @@ TEST_CASE("numerics: no drift of the delta rules and their gradients") {
     CHECK(error_ratio(*gradient) <= 1e-4);
   }
   if (options.gated) CHECK(error_ratio(c.d_g) <= 1e-4);
+  CHECK(error_ratio(c.d_initial) <= 1e-4);
+}
+
+TEST_CASE("numerics: a constant gate near 0 does not drift, though nothing overwrites the state") {
+  RuleCaseOptions options{
+      .rule = GENERATE(RuleName::kLinearAttention, RuleName::kKda, RuleName::kGeneralizedDeltaRule,
+                       RuleName::kMomentumDeltaRule),
+      .shape = {1, 5 * kTokens, 1, 1, 8, 8}};
+  options.reading_key = false;
+  RuleCase c(options);
+  const auto fill = [&](const char* name, double value) {
+    const auto input = c.inputs.find(name);
+    if (input == c.inputs.end()) return;
+    std::fill(input->second.begin(), input->second.end(), value);
+  };
+  for (const char* name : {"k", "a", "b", "beta"}) fill(name, 0);
+  fill("g", static_cast<double>(GENERATE(-1e-6F, -3e-5F)));
+  fill("mu", static_cast<double>(1 - 1e-6F));
+  CAPTURE(static_cast<int>(options.rule), c.inputs["g"][0]);
+  const RuleOutputs exact = oracle(c);
+  RuleCall<float> chunkwise(c);
+  forms_of(options.rule).forward(chunkwise.params(), two_threads());
+  check_along(chunkwise, exact, c.shape.V);
+}
+
+TEST_CASE("numerics: constant gates of the gated delta rule and its gradients do not drift") {
+  CaseOptions options{.shape = {1, 5 * kTokens, 1, 1, 8, 8}};
+  options.gated = true;
+  DeltaRuleCase<float> c(options);
+  const double gate = GENERATE(-1e-6, -3e-5);
+  c.g.fill([&] { return gate; });
+  c.k.fill([] { return 0.0; });
+  CAPTURE(gate);
+  core::reference::forward(c.exact_params());
+  core::reference::backward(c.exact_params(), c.exact_gradients());
+  const auto& forms = cpu::gated_delta_rule_forms<float>();
+  forms.forward(c.params(), two_threads());
+  CHECK(error_ratio(c.o) <= 1e-5);
+  CHECK(error_ratio(c.final_state) <= 1e-5);
+  forms.backward(c.params(), c.gradients(), two_threads());
+  for (const Rows* gradient : {&c.d_q, &c.d_k, &c.d_g}) {
+    CHECK(error_ratio(*gradient) <= 1e-4);
+  }
   CHECK(error_ratio(c.d_initial) <= 1e-4);
 }
 

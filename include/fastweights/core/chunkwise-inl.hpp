@@ -9,6 +9,7 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "fastweights/core/aligned_buffer.hpp"
@@ -22,9 +23,11 @@ template <class Real>
 struct ChunkCoefficients {
   Real kk[kChunk][kChunk];  // Γ_ij (k_i · k_j) below the diagonal
   Real qk[kChunk][kChunk];  // Γ_ij (q_i · k_j) on and below it; q carries the scale
-  Real from_start[kChunk];  // γ_i: decay from the chunk's start to after token i
-  Real to_end[kChunk];      // Γ_Ci: decay from after token i to the chunk's end
+  Real from_start[kChunk];  // γ_i: decay from the chunk's start to after token i, on what is stored
+  Real to_end[kChunk];      // Γ_Ci: from after token i to the chunk's end, as it will be stored
   Real beta[kChunk];
+  Real before = 1;  // the state before the chunk over what is stored of it
+  Real factor = 1;  // of the stored state
 };
 
 /// Packed keys and queries of up to `kBlock` tokens of one head.
@@ -95,6 +98,18 @@ void decay_pairs(const Real* decay, ChunkCoefficients<Real>& out) {
     }
     out.to_end[j] = gamma;
   }
+  out.factor = product;
+}
+
+/// Lets a chunk's decay, exp(log_decay), wait with the others, unless it has to be applied.
+template <class Real>
+void defer_decay(double log_decay, bool settle, PendingDecay& pending,
+                 ChunkCoefficients<Real>& out) {
+  out.before = static_cast<Real>(pending.scale());
+  out.factor = static_cast<Real>(pending.take(std::exp(log_decay), settle));
+  const auto after = static_cast<Real>(1 / pending.scale());
+  for (Real& factor : out.from_start) factor *= out.before;
+  for (Real& factor : out.to_end) factor *= after;
 }
 
 /// Packs a key or query row of one token, zeros where there is none.
@@ -123,16 +138,24 @@ struct DeltaForm {
   template <class Real>
   using Block = DeltaBlock<Real>;
 
+  template <class Real>
+  struct Pending : PendingDecay {
+    explicit Pending(const Shape& /*shape*/) {}
+  };
+
   /// Missing tokens of the last chunk become zero keys with β = 0 and no decay, which leave the
   /// state alone.
   template <class Real>
   static void pack(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
-                   std::int64_t count, DeltaBlock<Real>& block) {
+                   std::int64_t count, bool settle, PendingDecay& pending,
+                   DeltaBlock<Real>& block) {
     const std::int64_t first = head.sequence.begin + begin;
     const auto scale = static_cast<Real>(params.scale);
+    alignas(64) Real log_decay[kBlock];
     alignas(64) Real decay[kBlock];
     alignas(64) Real beta[kBlock];
-    load_decays(params, head, begin, count, decay);
+    load_log_decays(params, head, begin, count, log_decay);
+    exp_row(log_decay, kBlock, decay);
     load_gates(params.beta, head, begin, count, Real{0}, beta);
     for (std::int64_t chunk = 0; chunk * kChunk < count; ++chunk) {
       const std::int64_t token = chunk * kChunk;
@@ -148,6 +171,10 @@ struct DeltaForm {
       std::copy_n(beta + token, kChunk, coefficients.beta);
       multiply_pairs(block.keys(chunk), block.padded_keys, coefficients);
       decay_pairs(decay + token, coefficients);
+      if (!params.g) continue;
+      double sum = 0;
+      for (int i = 0; i < kChunk; ++i) sum += static_cast<double>(log_decay[token + i]);
+      defer_decay(sum, settle && token + kChunk >= count, pending, coefficients);
     }
   }
 
@@ -214,7 +241,7 @@ struct DeltaForm {
         writes[i][j] = hn::Mul(hn::Set(d, c.to_end[i]), writes[i][j]);
       }
     }
-    const auto factor = hn::Set(d, c.from_start[kChunk - 1]);
+    const auto factor = hn::Set(d, c.factor);
     const auto decay = [factor](std::int64_t, Vector<Real> row)
                            HWY_ATTR { return hn::Mul(factor, row); };
     write_state(state, kPanel<Real>, keys, shape.K, decay, writes);

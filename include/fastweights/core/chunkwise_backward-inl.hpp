@@ -96,14 +96,16 @@ struct BackwardScratch {
   Real beta[C];
   Real decay[C];
   Real from_start[C];
-  Real to_end[C];
+  Real to_end[C];  // on what is stored of d_state
+  double log_decay;
+  PendingDecay pending;    // of d_state
   double d_from_start[C];  // gradient of log γ_i
   double d_to_end[C];      // gradient of log Γ_Ci
 };
 
 /// Recomputes a segment forward from `state` (panel-major, advanced to the segment's end): the
 /// states before its chunks and the errors of its tokens. With `states` null only the state is
-/// advanced.
+/// advanced. No decay waits when a segment ends.
 template <class Real>
 void recompute_segment(const RuleParams<Real>& call, const Head& head, std::int64_t begin,
                        std::int64_t count, Real* state, DeltaBlock<Real>& block,
@@ -117,9 +119,10 @@ void recompute_segment(const RuleParams<Real>& call, const Head& head, std::int6
   const std::int64_t panel_size = shape.K * kPanel<Real>;
   constexpr std::int64_t kSnapshot = kBackwardChunk / kChunk;
   RowPrefetch<Real> prefetch;
+  typename Form::template Pending<Real> pending(shape);
   for (std::int64_t done = 0; done < count; done += kBlock) {
     const std::int64_t tokens = std::min(kBlock, count - done);
-    Form::pack(params, head, begin + done, tokens, block);
+    Form::pack(params, head, begin + done, tokens, done + tokens == count, pending, block);
     rows.load(params, head, begin + done, tokens);
     Real* block_errors = errors != nullptr ? errors + done * stride : rows.outputs;
     for (std::int64_t panel = 0; panel < panels; ++panel) {
@@ -127,7 +130,8 @@ void recompute_segment(const RuleParams<Real>& call, const Head& head, std::int6
       for (std::int64_t chunk = 0; chunk * kChunk < tokens; ++chunk) {
         if (states != nullptr && chunk % kSnapshot == 0) {
           const std::int64_t index = done / kBackwardChunk + chunk / kSnapshot;
-          std::copy_n(panel_state, panel_size, states + (index * panels + panel) * panel_size);
+          scale_row(panel_state, block.coefficients[chunk].before, panel_size,
+                    states + (index * panels + panel) * panel_size);
         }
         const std::int64_t token = chunk * kChunk;
         const std::int64_t column = panel * kPanel<Real>;
@@ -149,6 +153,7 @@ void load_chunk(const RuleParams<Real>& params, const RuleGradients<Real>& grads
   constexpr std::int64_t C = kBackwardChunk;
   const std::int64_t first = head.sequence.begin + begin;
   const auto batch = head.sequence.batch;
+  s.log_decay = 0;
   for (std::int64_t i = 0; i < C; ++i) {
     Real* k = s.k.data() + i * s.key_stride;
     Real* q = s.q.data() + i * s.key_stride;
@@ -172,6 +177,7 @@ void load_chunk(const RuleParams<Real>& params, const RuleGradients<Real>& grads
       std::fill_n(d_o, s.value_stride, Real{0});
     }
     s.decay[i] = decay_of<Real>(params, head, t);
+    if (params.g) s.log_decay += load_gate<double>(params.g, head, t);
     s.beta[i] = load_scalar<Real>(params.beta.at(batch, t, head.value_head), params.beta.dtype);
     scale_row(errors + i * s.value_stride, s.beta[i], s.value_stride, u);
   }
@@ -189,7 +195,7 @@ void relate_tokens(BackwardScratch<Real>& s) {
   for (std::int64_t i = 1; i < C; ++i) {
     scale_row(s.gamma.data() + (i - 1) * stride, s.decay[i], i, s.gamma.data() + i * stride);
   }
-  std::copy_n(s.gamma.data() + (C - 1) * stride, C, s.to_end);
+  scale_row(s.gamma.data() + (C - 1) * stride, static_cast<Real>(s.pending.scale()), C, s.to_end);
 
   transpose(s.k.data(), s.key_stride, C, s.shape.K, s.features_transposed.data(), stride);
   const auto keys = row_major(s.features_transposed.data(), stride);
@@ -330,20 +336,28 @@ void differentiate_features(const Real* state, BackwardScratch<Real>& s) {
 }
 
 /// Gradient of the state before the chunk; returns ⟨dS, γ_C S⟩, the gradient of the whole decay.
+/// With `settle` no decay of dS waits afterwards.
 template <class Real>
-double differentiate_state(const Real* state, BackwardScratch<Real>& s) {
+double differentiate_state(const Real* state, bool settle, BackwardScratch<Real>& s) {
   constexpr std::int64_t C = kBackwardChunk;
-  const Real decay = s.from_start[C - 1];
   double kept = 0;
   for (std::int64_t row = 0; row < s.state_size; row += kPanel<Real>) {
     kept += dot(s.d_state.data() + row, state + row, kPanel<Real>);
+  }
+  const double whole = std::exp(s.log_decay);
+  kept *= whole * s.pending.scale();
+  const auto decay = static_cast<Real>(s.pending.take(whole, settle));
+  const auto after = static_cast<Real>(1 / s.pending.scale());
+  if (after != Real{1}) {
+    scale_row(s.rows.data(), after, C * s.value_stride, s.rows.data());
+    scale_row(s.d_o.data(), after, C * s.value_stride, s.d_o.data());
   }
   const auto d_state = panel_major(s.d_state.data(), s.shape.K);
   multiply<Real>(s.shape.K, C, s.value_panels(), {s.k.data(), 1, s.key_stride},
                  row_major(s.rows.data(), s.value_stride), decay, d_state);
   multiply<Real>(s.shape.K, C, s.value_panels(), {s.q.data(), 1, s.key_stride},
                  row_major(s.d_o.data(), s.value_stride), 1, d_state);
-  return static_cast<double>(decay) * kept;
+  return kept;
 }
 
 /// Writes the gradient of a key or query row, back through the scale and the normalisation:
@@ -431,7 +445,7 @@ void backward_chunk(const RuleParams<Real>& params, const RuleGradients<Real>& g
   double d_log_decay[C];
   decay_pair_gradients(s, d_log_decay);
   differentiate_features(state, s);
-  const double d_whole = differentiate_state(state, s);
+  const double d_whole = differentiate_state(state, /*settle=*/begin == 0, s);
   // Token t decays every read from the chunk's start at i ≥ t, every write j < t on its way to the
   // chunk's end, and the state that passes through.
   double reads = 0;
@@ -469,6 +483,7 @@ void backward_head(const RuleParams<Real>& params, const RuleGradients<Real>& gr
 
   load_state(grads.d_final_state ? grads.d_final_state + offset : nullptr, shape, 0,
              s.value_panels(), s.d_state.data());
+  s.pending = {};
   for (std::int64_t segment = segments - 1; segment >= 0; --segment) {
     const std::int64_t begin = segment * kSegment;
     const std::int64_t count = std::min(kSegment, length - begin);

@@ -37,8 +37,19 @@ struct TokenRows {
   Real* k;
   Real* a;
   Real* b;
-  Real* decay;
+  Real* decay;      // exp(log_decay)
+  Real* log_decay;  // g
 };
+
+/// How many rows there are.
+inline constexpr std::int64_t kTokenRows = 6;
+
+/// Rows `step` apart, from `first` on.
+template <class Real>
+TokenRows<Real> token_rows(Real* first, std::int64_t step) {
+  return {first,           first + step, first + 2 * step, first + 3 * step, first + 4 * step,
+          first + 5 * step};
+}
 
 /// out ← a ⊙ b (out may be either).
 template <class Real>
@@ -46,18 +57,19 @@ void multiply_rows(const Real* a, const Real* b, std::int64_t size, Real* out) {
   for (std::int64_t i = 0; i < size; ++i) out[i] = a[i] * b[i];
 }
 
-/// The decay factors of a token's channels: exp(g), 1 without a gate.
+/// The decays of a token's channels: g and exp(g), 0 and 1 without a gate.
 template <class Real>
-void load_decay_row(const RuleParams<Real>& params, const Head& head, std::int64_t token,
-                    Real* out) {
+void load_decay_rows(const RuleParams<Real>& params, const Head& head, std::int64_t token,
+                     const TokenRows<Real>& out) {
   const std::int64_t keys = params.shape.K;
   if (!params.channel_gate) {
-    std::fill_n(out, keys, decay_of<Real>(params, head, token));
+    std::fill_n(out.log_decay, keys, params.g ? load_gate<Real>(params.g, head, token) : Real{0});
+    std::fill_n(out.decay, keys, decay_of<Real>(params, head, token));
     return;
   }
   load_row<Real>(params.g.at(head.sequence.batch, token, head.value_head), params.g.dtype, keys,
-                 out);
-  exp_row(out, keys, out);
+                 out.log_decay);
+  exp_row(out.log_decay, keys, out.decay);
 }
 
 template <class Real>
@@ -97,18 +109,16 @@ struct DplrBlock {
 
   explicit DplrBlock(const Shape& shape)
       : padded_keys(round_up(shape.K, static_cast<std::int64_t>(hn::MaxLanes(Tag<Real>())))),
-        inputs(size(5 * kChunk * kRowStride<Real>)),
+        inputs(size(kTokenRows * kChunk * kRowStride<Real>)),
         rows(size(kChunksPerBlock * Chunk::kRows * kRowStride<Real>)),
         decay(size(kChunksPerBlock * kRowStride<Real>)) {
-    std::fill_n(inputs.data(), 5 * kChunk * kRowStride<Real>, Real{0});
+    std::fill_n(inputs.data(), kTokenRows * kChunk * kRowStride<Real>, Real{0});
   }
 
   static std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
-  TokenRows<Real> token_rows(int i) {
-    Real* first = inputs.data() + i * kRowStride<Real>;
-    constexpr std::int64_t kStep = kChunk * kRowStride<Real>;
-    return {first, first + kStep, first + 2 * kStep, first + 3 * kStep, first + 4 * kStep};
+  TokenRows<Real> token(int i) {
+    return token_rows(inputs.data() + i * kRowStride<Real>, kChunk * kRowStride<Real>);
   }
   Real* packed(std::int64_t chunk, int row) {
     return rows.data() + (chunk * Chunk::kRows + row) * kRowStride<Real>;
@@ -116,9 +126,9 @@ struct DplrBlock {
   Real* chunk_decay(std::int64_t chunk) { return decay.data() + chunk * kRowStride<Real>; }
 
   std::int64_t padded_keys;    // K in whole vectors
-  AlignedBuffer<Real> inputs;  // [q k a b decay, C, kRowStride]: the chunk being packed
+  AlignedBuffer<Real> inputs;  // [kTokenRows, C, kRowStride]: the chunk being packed
   AlignedBuffer<Real> rows;    // [chunks, kRows, kRowStride]
-  AlignedBuffer<Real> decay;   // [chunks, kRowStride]: γ_C
+  AlignedBuffer<Real> decay;   // [chunks, kRowStride]: factors of the stored state
   Chunk chunks[kChunksPerBlock];
 };
 
@@ -166,31 +176,84 @@ HWY_NOINLINE void multiply_all_decayed(const TokenRows<Real>& first, const Real*
   columns(std::make_integer_sequence<int, kChunk>());
 }
 
-/// Decays the rows of a loaded chunk to its start or end.
+/// The decays of each channel of a state that are not applied yet, as `PendingDecay` has them. Here
+/// they gather as logarithms, which cost one exponential for each chunk.
+template <class Real>
+struct PendingChannels {
+  explicit PendingChannels(const Shape& shape)
+      : channels(static_cast<std::int32_t>(round_up(shape.K, kLanes))),
+        log(static_cast<std::size_t>(channels)),
+        scale(log.size()),
+        inverse(log.size()) {
+    std::fill_n(log.data(), log.size(), 0.0);
+    std::fill_n(scale.data(), scale.size(), Real{1});
+    std::fill_n(inverse.data(), inverse.size(), Real{1});
+  }
+
+  /// Adds a chunk's log-decays; `factors` become those of the stored state.
+  void take(const Real* log_decays, bool settle, Real* factors) {
+    double* pending = log.data();
+    for (std::int64_t c = 0; c < channels; ++c) {
+      pending[c] += static_cast<double>(log_decays[c]);
+      factors[c] = static_cast<Real>(pending[c]);
+    }
+    exp_row(factors, channels, factors);
+    const Tag<Real> d;
+    const auto one = hn::Set(d, Real{1});
+    const auto least = hn::Set(d, static_cast<Real>(settle ? 2 * kMostPending : kLeastPending));
+    const auto most = hn::Set(d, static_cast<Real>(kMostPending));
+    alignas(64) Real applied[kRowStride<Real>];
+    for (std::int64_t c = 0; c < channels; c += kLanes) {
+      const auto whole = hn::Load(d, factors + c);
+      const auto waits = hn::And(hn::Ge(whole, least), hn::Le(whole, most));
+      const auto waiting = hn::IfThenElse(waits, whole, one);
+      hn::Store(hn::IfThenElse(waits, one, whole), d, factors + c);
+      hn::Store(waiting, d, scale.data() + c);
+      hn::Store(hn::Div(one, waiting), d, inverse.data() + c);
+      hn::Store(hn::IfThenZeroElse(waits, one), d, applied + c);
+    }
+    for (std::int64_t c = 0; c < channels; ++c) pending[c] = applied[c] == 0 ? pending[c] : 0.0;
+  }
+
+  static constexpr auto kLanes = static_cast<std::int64_t>(hn::MaxLanes(Tag<Real>()));
+  std::int32_t channels;  // K in whole vectors
+  AlignedBuffer<double> log;
+  AlignedBuffer<Real> scale;    // the state over what is stored of it
+  AlignedBuffer<Real> inverse;  // 1 / scale
+};
+
+/// Decays the rows of a loaded chunk to its start or end, as what is stored of the state needs it.
 template <class Real, Correction kCorrection>
-void pack_chunk(DplrBlock<Real, kCorrection>& block, std::int64_t chunk) {
+void pack_chunk(bool settle, PendingChannels<Real>& pending, DplrBlock<Real, kCorrection>& block,
+                std::int64_t chunk) {
   using Chunk = DplrChunk<Real, kCorrection>;
   const Tag<Real> d;
   constexpr auto kLanes = static_cast<std::int64_t>(hn::MaxLanes(d));
   constexpr std::int64_t kStride = kRowStride<Real>;
-  const auto x = block.token_rows(0);
+  const auto x = block.token(0);
   Real* reads = block.packed(chunk, 0);
   Real* queries = block.packed(chunk, Chunk::kQueries);
   Real* keys = block.packed(chunk, Chunk::kKeys);
   Real* second = keys + kChunk * kStride;  // there only with two writes
+  alignas(64) Real log_decays[kRowStride<Real>];
   for (std::int64_t c = 0; c < block.padded_keys; c += kLanes) {
-    auto running = hn::Set(d, Real{1});
+    auto running = hn::Load(d, pending.scale.data() + c);
+    auto sum = hn::Zero(d);
 #pragma GCC unroll 8
     for (int i = 0; i < kChunk; ++i) {
       const std::int64_t at = i * kStride + c;
+      sum = hn::Add(sum, hn::Load(d, x.log_decay + at));
       if constexpr (Chunk::kReads) {
         hn::Store(hn::Mul(running, hn::Load(d, x.a + at)), d, reads + at);
       }
       running = hn::Mul(running, hn::Load(d, x.decay + at));
       hn::Store(hn::Mul(running, hn::Load(d, x.q + at)), d, queries + at);
     }
-    hn::Store(running, d, block.chunk_decay(chunk) + c);
-    running = hn::Set(d, Real{1});
+    hn::Store(sum, d, log_decays + c);
+  }
+  pending.take(log_decays, settle, block.chunk_decay(chunk));
+  for (std::int64_t c = 0; c < block.padded_keys; c += kLanes) {
+    auto running = hn::Load(d, pending.inverse.data() + c);
 #pragma GCC unroll 8
     for (int i = kChunk - 1; i >= 0; --i) {
       const std::int64_t at = i * kStride + c;
@@ -216,24 +279,27 @@ struct DplrForm {
   static constexpr Correction kCorrection = Rule::kCorrection;
   template <class Real>
   using Block = DplrBlock<Real, kCorrection>;
+  template <class Real>
+  using Pending = PendingChannels<Real>;
 
   /// Missing tokens of the last chunk write nothing and do not decay.
   template <class Real>
   static void pack(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
-                   std::int64_t count, Block<Real>& block) {
+                   std::int64_t count, bool settle, Pending<Real>& pending, Block<Real>& block) {
     const std::int64_t keys = params.shape.K;
     for (std::int64_t chunk = 0; chunk * kChunk < count; ++chunk) {
       for (int i = 0; i < kChunk; ++i) {
         const std::int64_t token = chunk * kChunk + i;
-        const auto x = block.token_rows(i);
+        const auto x = block.token(i);
         if (token < count) {
           Rule::load(params, head, head.sequence.begin + begin + token, x);
         } else {
           for (Real* row : {x.q, x.k, x.a, x.b}) std::fill_n(row, keys, Real{0});
           std::fill_n(x.decay, keys, Real{1});
+          std::fill_n(x.log_decay, keys, Real{0});
         }
       }
-      pack_chunk(block, chunk);
+      pack_chunk(settle && (chunk + 1) * kChunk >= count, pending, block, chunk);
     }
   }
 
@@ -389,10 +455,10 @@ void dplr_recurrent_head(const RuleParams<Real>& params, std::int64_t n, std::in
   const Head head = head_of(params, n, value_head);
   Real* state = working_state(params.initial_state, params.final_state,
                               params.state_offset(n, value_head), shape);
-  alignas(64) Real rows[5][kMaxHeadSize];
+  alignas(64) Real rows[kTokenRows][kMaxHeadSize];
   alignas(64) Real v[kMaxHeadSize];
   alignas(64) Real out[kMaxHeadSize];
-  const TokenRows<Real> x{rows[0], rows[1], rows[2], rows[3], rows[4]};
+  const TokenRows<Real> x = token_rows(rows[0], kMaxHeadSize);
   for (std::int64_t i = 0; i < head.sequence.length; ++i) {
     const std::int64_t t = head.sequence.begin + i;
     Rule::load(params, head, t, x);

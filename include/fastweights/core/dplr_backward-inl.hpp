@@ -48,8 +48,8 @@ struct DplrBackwardScratch {
         checkpoints((tokens + distance - 1) / distance),
         shared(params.value_heads_per_key_head() > 1),
         summed_tokens(shared ? tokens : std::min(tokens, distance)),
-        rows(zeros(5 * distance * key_stride)),
-        d_rows(zeros(5 * distance * key_stride)),
+        rows(zeros(kTokenRows * distance * key_stride)),
+        d_rows(zeros(kTokenRows * distance * key_stride)),
         sums(zeros(4 * summed_tokens * key_stride)),
         values(zeros(distance * value_stride)),
         d_outputs(zeros(distance * value_stride)),
@@ -69,7 +69,7 @@ struct DplrBackwardScratch {
   TokenRows<Real> of(AlignedBuffer<Real>& buffer, std::int64_t i) const {
     Real* first = buffer.data() + i * key_stride;
     const std::int64_t step = distance * key_stride;
-    return {first, first + step, first + 2 * step, first + 3 * step, first + 4 * step};
+    return token_rows(first, step);
   }
   KeyHeadGradients<Real> sum(std::int64_t token, std::int64_t in_chunk) {
     Real* first = sums.data() + (shared ? token : in_chunk) * key_stride;
@@ -85,7 +85,7 @@ struct DplrBackwardScratch {
   std::int64_t checkpoints;
   bool shared;
   std::int64_t summed_tokens;
-  AlignedBuffer<Real> rows;       // [q k a b decay, tokens, key_stride] of the chunk
+  AlignedBuffer<Real> rows;       // [kTokenRows, tokens, key_stride] of the chunk
   AlignedBuffer<Real> d_rows;     // their gradients
   AlignedBuffer<Real> sums;       // [q k a b, tokens, key_stride]: KeyHeadGradients
   AlignedBuffer<Real> values;     // [tokens, value_stride]
@@ -263,7 +263,7 @@ void load_backward_chunk(const RuleParams<Real>& params, const RuleGradients<Rea
                      s.d_outputs.data() + i * s.value_stride);
     }
   }
-  std::fill_n(s.d_rows.data(), 5 * s.distance * s.key_stride, Real{0});
+  std::fill_n(s.d_rows.data(), kTokenRows * s.distance * s.key_stride, Real{0});
 }
 
 /// Walks the chunk's loaded rows forward on `s.state`, all rows.

@@ -21,7 +21,7 @@ struct GeneralizedDeltaRule {
     const std::int64_t keys = params.shape.K;
     const std::int64_t batch = head.sequence.batch;
     load_query_row(params, head, token, x.q);
-    load_decay_row(params, head, token, x.decay);
+    load_decay_rows(params, head, token, x);
     load_key_row(params, head, token, x.k);
     load_row<Real>(params.a.at(batch, token, head.key_head), params.a.dtype, keys, x.a);
     load_row<Real>(params.b.at(batch, token, head.key_head), params.b.dtype, keys, x.b);

@@ -21,7 +21,7 @@ struct Kda {
                    const TokenRows<Real>& x) {
     const std::int64_t keys = params.shape.K;
     load_query_row(params, head, token, x.q);
-    load_decay_row(params, head, token, x.decay);
+    load_decay_rows(params, head, token, x);
     load_key_row(params, head, token, x.k);
     multiply_rows(x.decay, x.k, keys, x.a);
     scale_row(x.k, load_gate<Real>(params.beta, head, token), keys, x.k);

@@ -19,7 +19,7 @@ struct LinearAttention {
   static void load(const RuleParams<Real>& params, const Head& head, std::int64_t token,
                    const TokenRows<Real>& x) {
     load_query_row(params, head, token, x.q);
-    load_decay_row(params, head, token, x.decay);
+    load_decay_rows(params, head, token, x);
     load_key_row(params, head, token, x.k);
   }
 

@@ -51,8 +51,10 @@ void load_momentum_rows(const RuleParams<Real>& params, const Head& head, std::i
 
 // ---- chunkwise ---------------------------------------------------------------------------------
 
-/// What the tokens of one chunk do to each other. S_i = state[i] S + momentum[i] M + Σ_j w_ij k_j
-/// u_jᵀ, and M_C = last_momentum M + Σ_j to_end[j] k_j u_jᵀ.
+/// What the tokens of one chunk do to each other: S_i = state[i] S + momentum[i] M + Σ_j w_ij k_j
+/// u_jᵀ. What is stored becomes S ← keep S + take M + Σ_j w_last[j] k_j u_jᵀ and M ← last_momentum
+/// M
+/// + Σ_j to_end[j] k_j u_jᵀ. S and M are what is stored of the two.
 template <class Real>
 struct MomentumChunk {
   Real state[kChunk + 1];
@@ -61,6 +63,8 @@ struct MomentumChunk {
   Real qk[kChunk][kChunk];  // w_ij (q_i · k_j) on and below it
   Real w_last[kChunk];      // w_Cj
   Real to_end[kChunk];      // Π μ over (j, C]
+  Real keep;
+  Real take;
   Real last_momentum;
   Real eta[kChunk];
 };
@@ -87,6 +91,30 @@ struct MomentumBlock {
   MomentumChunk<Real> chunks[kChunksPerBlock];
 };
 
+/// A head's decays that wait: of S and of M.
+struct PendingMomentum {
+  explicit PendingMomentum(const Shape& /*shape*/) {}
+  PendingDecay state;
+  PendingDecay momentum;
+};
+
+/// Lets the decays of a chunk's S and M wait with the others, unless they have to be applied.
+template <class Real>
+void defer_momentum_decays(double state_decay, double momentum_decay, bool settle,
+                           PendingMomentum& pending, MomentumChunk<Real>& out) {
+  const auto state_before = static_cast<Real>(pending.state.scale());
+  const auto momentum_before = static_cast<Real>(pending.momentum.scale());
+  for (Real& factor : out.state) factor *= state_before;
+  for (Real& factor : out.momentum) factor *= momentum_before;
+  out.keep = static_cast<Real>(pending.state.take(state_decay, settle));
+  out.last_momentum = static_cast<Real>(pending.momentum.take(momentum_decay, settle));
+  const auto state_after = static_cast<Real>(1 / pending.state.scale());
+  const auto momentum_after = static_cast<Real>(1 / pending.momentum.scale());
+  out.take = state_after * out.momentum[kChunk];
+  for (Real& weight : out.w_last) weight *= state_after;
+  for (Real& weight : out.to_end) weight *= momentum_after;
+}
+
 /// Fills a chunk's coefficients from its gates and the packed rows' products.
 template <class Real>
 void relate_momentum_tokens(const MomentumGates<Real> (&gates)[kChunk], MomentumBlock<Real>& block,
@@ -102,7 +130,6 @@ void relate_momentum_tokens(const MomentumGates<Real> (&gates)[kChunk], Momentum
     c.momentum[i + 1] = gates[i].decay * c.momentum[i] + gates[i].beta * mu_product;
     c.eta[i] = gates[i].eta;
   }
-  c.last_momentum = mu_product;
   for (int j = 0; j < kChunk; ++j) {
     const Real* k = block.row(chunk, Block::kKeys + j);
     Vector<Real> sums[2 * kChunk];  // with p_i, then with q_i
@@ -130,14 +157,19 @@ struct MomentumForm {
   static constexpr int kReads = 4;
   template <class Real>
   using Block = MomentumBlock<Real>;
+  template <class Real>
+  using Pending = PendingMomentum;
 
   /// Missing tokens of the last chunk change nothing.
   template <class Real>
   static void pack(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
-                   std::int64_t count, MomentumBlock<Real>& block) {
+                   std::int64_t count, bool settle, PendingMomentum& pending,
+                   MomentumBlock<Real>& block) {
     const std::int64_t keys = params.shape.K;
     for (std::int64_t chunk = 0; chunk * kChunk < count; ++chunk) {
       MomentumGates<Real> gates[kChunk];
+      double log_decay = 0;
+      double mu = 1;
       for (int i = 0; i < kChunk; ++i) {
         const std::int64_t token = chunk * kChunk + i;
         Real* p = block.row(chunk, i);
@@ -147,12 +179,16 @@ struct MomentumForm {
           const std::int64_t t = head.sequence.begin + begin + token;
           load_momentum_rows(params, head, t, q, k, p);
           gates[i] = load_momentum_gates(params, head, t);
+          if (params.g) log_decay += load_gate<double>(params.g, head, t);
+          mu *= static_cast<double>(gates[i].mu);
         } else {
           for (Real* row : {p, q, k}) std::fill_n(row, keys, Real{0});
           gates[i] = {};
         }
       }
       relate_momentum_tokens(gates, block, chunk);
+      defer_momentum_decays(std::exp(log_decay), mu, settle && (chunk + 1) * kChunk >= count,
+                            pending, block.chunks[chunk]);
     }
   }
 
@@ -213,7 +249,7 @@ struct MomentumForm {
       }
     }
     const Real* keys = block.row(chunk, Block::kKeys);
-    mix_panel(momentum, c.momentum[kChunk], c.state[kChunk], shape.K, state);
+    mix_panel(momentum, c.take, c.keep, shape.K, state);
     const auto keep = [](std::int64_t, Vector<Real> row) HWY_ATTR { return row; };
     write_state(state, kPanel<Real>, keys, shape.K, keep, of_state);
     const auto factor = hn::Set(d, c.last_momentum);
@@ -473,7 +509,7 @@ void load_momentum_chunk(const RuleParams<Real>& params, const RuleGradients<Rea
                      values, base.d_outputs.data() + i * base.value_stride);
     }
   }
-  std::fill_n(base.d_rows.data(), 5 * base.distance * base.key_stride, Real{0});
+  std::fill_n(base.d_rows.data(), kTokenRows * base.distance * base.key_stride, Real{0});
 }
 
 template <class Real>

@@ -13,6 +13,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "fastweights/core/aligned_buffer.hpp"
 #include "fastweights/core/executor.hpp"
@@ -101,17 +103,44 @@ void load_gates(const ConstView& view, const Head& head, std::int64_t begin, std
   std::fill(out + count, out + kBlock, missing);
 }
 
-/// The decay factors of the block's tokens, 1 past `count`.
+/// The log-decays of the block's tokens, 0 past `count`.
 template <class Real>
-void load_decays(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
-                 std::int64_t count, Real (&out)[kBlock]) {
-  if (!params.g) {
-    std::fill(out, out + kBlock, Real{1});
-    return;
+void load_log_decays(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
+                     std::int64_t count, Real (&out)[kBlock]) {
+  if (params.g) {
+    load_gates(params.g, head, begin, count, Real{0}, out);
+  } else {
+    std::fill(out, out + kBlock, Real{0});
   }
-  load_gates(params.g, head, begin, count, Real{0}, out);
-  exp_row(out, kBlock, out);
 }
+
+// ---- decays that wait --------------------------------------------------------------------------
+
+/// Range of a decay that may wait: within it a scaled state loses no range worth speaking of.
+inline constexpr double kLeastPending = 0.5;
+inline constexpr double kMostPending = 2.0;
+
+/// The decay of a state that is not applied yet: the state is `scale()` times the one stored.
+///
+/// A factor near 1 that multiplied the state in every chunk would round it every time, and with a
+/// constant gate in the same direction: the state would drift (docs/numerics.md). So decays gather
+/// here, in fp64, until they are worth a multiplication, and meanwhile scale what is read from the
+/// state and, inversely, what is written to it.
+class PendingDecay {
+ public:
+  double scale() const { return scale_; }
+
+  /// Adds a chunk's decay. Returns the factor by which the chunk multiplies the stored state: 1 as
+  /// long as the decay can wait and `settle` does not ask for all of it.
+  double take(double decay, bool settle) {
+    scale_ *= decay;
+    if (!settle && scale_ >= kLeastPending && scale_ <= kMostPending) return 1;
+    return std::exchange(scale_, 1.0);
+  }
+
+ private:
+  double scale_ = 1;
+};
 
 // ---- rows to come ------------------------------------------------------------------------------
 
@@ -446,8 +475,10 @@ struct ChunkRows {
 
 /// Walks a group of heads over its sequence. A `Form` says what a rule does with packed tokens:
 ///   Block<Real>           what it packs of up to kBlock tokens; made from a Shape
+///   Pending<Real>         a head's decays that wait; made from a Shape
 ///   kStates               how many matrices it carries, 1 or 2
-///   pack(params, head, begin, count, block)
+///   pack(params, head, begin, count, settle, pending, block)   with `settle`, nothing waits after
+///                         the block
 ///   kReads                how often `step` reads a state
 ///   step(block, chunk, shape, rows, prefetch, state, second)  one chunk on one panel
 template <class Form, class Real>
@@ -473,6 +504,9 @@ void walk_heads(const RuleParams<Real>& params, const HeadGroup& group) {
     });
   }
   typename Form::template Block<Real> block(shape);
+  using Pending = typename Form::template Pending<Real>;
+  std::vector<Pending> pending;
+  for (std::int64_t i = 0; i < group.heads; ++i) pending.push_back(Pending(shape));
   TokenBlock<Real> rows(shape);
   RowPrefetch<Real> prefetch;
   const std::int64_t length = params.sequence(group.n).length;
@@ -481,7 +515,8 @@ void walk_heads(const RuleParams<Real>& params, const HeadGroup& group) {
     const std::int64_t chunks = (count + kChunk - 1) / kChunk;
     for (std::int64_t i = 0; i < group.heads; ++i) {
       const Head head = head_of(params, group.n, group.first_head + i);
-      Form::pack(params, head, begin, count, block);
+      Form::pack(params, head, begin, count, begin + count == length,
+                 pending[static_cast<std::size_t>(i)], block);
       rows.load(params, head, begin, count);
       const bool last = i + 1 == group.heads;
       const std::int64_t next = last ? begin + kBlock : begin;

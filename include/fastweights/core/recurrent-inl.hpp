@@ -175,7 +175,7 @@ HWY_INLINE void step_few(const FewTokens<Real>& few, std::int64_t keys, const Ch
       writes[i][j] = hn::Mul(hn::Set(d, c.to_end[i]), writes[i][j]);
     }
   }
-  const auto factor = hn::Set(d, c.from_start[kFew - 1]);
+  const auto factor = hn::Set(d, c.factor);
   const auto decay = [factor](std::int64_t, Vector<Real> row)
                          HWY_ATTR { return hn::Mul(factor, row); };
   write_state<kFew>(state, state_stride, few.rows.data(), keys, decay, writes);
