@@ -37,5 +37,6 @@
 #include "fastweights/ops/rwkv7.hpp"
 #include "fastweights/ops/short_convolution.hpp"
 #include "fastweights/ops/sliding_window_attention.hpp"
+#include "fastweights/ops/softmax_delta_rule.hpp"
 #include "fastweights/session/session.hpp"
 #endif

@@ -21,6 +21,7 @@ from ._normalization import gated_rms_norm, rms_norm, swiglu
 from ._rwkv7 import rwkv7, rwkv7_recurrent_
 from ._short_convolution import short_convolution
 from ._sliding_window_attention import sliding_window_attention
+from ._softmax_delta_rule import softmax_delta_rule, softmax_delta_rule_recurrent_
 
 __all__ = [
     "delta_rule",
@@ -44,5 +45,7 @@ __all__ = [
     "rwkv7_recurrent_",
     "short_convolution",
     "sliding_window_attention",
+    "softmax_delta_rule",
+    "softmax_delta_rule_recurrent_",
     "swiglu",
 ]
