@@ -82,6 +82,15 @@ void check_state(const LanguageModelConfig& config, int64_t batch,
   }
 }
 
+void check_write_strength(const at::Tensor& tokens, const at::Tensor& strength) {
+  if (!strength.defined()) return;
+  if (strength.sizes() == tokens.sizes() && strength.scalar_type() == at::kFloat) return;
+  std::ostringstream message;
+  message << "language_model: write_strength must be Float [B, T] = " << tokens.sizes() << ", got "
+          << describe(strength);
+  throw ShapeError(message.str());
+}
+
 LanguageModelConfig validated(LanguageModelConfig config) {
   config.validate();
   return config;
@@ -156,9 +165,11 @@ LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& tokens,
         fmt::format("language_model: memory_keep must be [B, 1, 1] = [{}, 1, 1], got [{}]",
                     tokens.size(0), fmt::join(options.memory_keep.sizes(), ", ")));
   }
-  const BlockImpl::Options block_options{options.in_place, options.memory_keep.defined()
-                                                               ? options.memory_keep
-                                                               : draw_memory_keep(tokens.size(0))};
+  check_write_strength(tokens, options.write_strength);
+  const BlockImpl::Options block_options{
+      options.in_place,
+      options.memory_keep.defined() ? options.memory_keep : draw_memory_keep(tokens.size(0)),
+      {options.write_strength, options.limited_writes}};
   auto x = embedding.ptr()->forward(tokens);
   LanguageModelState next;
   next.blocks.reserve(blocks.size());

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <string>
 
 #include "compute_type.hpp"
@@ -19,6 +20,9 @@ constexpr std::string_view kOp = "fast_weight_memory";
 
 // The recurrent form is the faster one up to about this many tokens.
 constexpr int64_t kRecurrentTokens = 8;
+
+// The largest β whose write is stable for a key of norm one.
+constexpr double kStableBeta = 2.0;
 
 using OptionalTensor = std::optional<at::Tensor>;
 
@@ -95,6 +99,21 @@ at::Tensor gates(const OptionalTensor& decay, const OptionalTensor& a_log,
   return log_decay(*decay, *a_log, *dt_bias, detail::compute_type(beta));
 }
 
+// β [B, T, HV] times the strengths [B, T, 1], within the stable range.
+at::Tensor strengthened(const at::Tensor& beta, const at::Tensor& strength, at::Tensor limited) {
+  const auto wanted = beta * strength;
+  if (limited.defined()) limited.add_((wanted > kStableBeta).sum());
+  return wanted.clamp_max(kStableBeta);
+}
+
+// g [B, T, HV] times min(strength, 1). A gate of −∞ forgets whatever the strength is, but for 0.
+at::Tensor weakened(const at::Tensor& g, const at::Tensor& strength) {
+  const auto forgets = g.isinf();
+  const auto product = g.masked_fill(forgets, 0) * strength.clamp_max(1.0);
+  return product.masked_fill(forgets.logical_and(strength != 0),
+                             -std::numeric_limits<double>::infinity());
+}
+
 // Runs the rule; `g` is undefined for the rule without a decay. Returns o [B, T, HV, V] and the
 // state.
 std::tuple<at::Tensor, at::Tensor> write_and_read(const Heads& x, const at::Tensor& g,
@@ -122,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
     const OptionalTensor& decay, const at::Tensor& gate, const at::Tensor& convolution_weight,
     const OptionalTensor& a_log, const OptionalTensor& dt_bias, const at::Tensor& norm_weight,
     const OptionalTensor& state, const OptionalTensor& convolution_state,
-    const FastWeightMemoryParams& params) {
+    const FastWeightMemoryParams& params, const WriteStrength& write) {
   check(query, key, value, beta, gate, params);
   const bool gated = params.rule == "gated_delta_rule";
   detail::check_that(gated || params.rule == "delta_rule", kOp,
@@ -144,9 +163,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
   detail::check_shape(kOp, "state", memory, "[B, HV, K, V]", state_shape);
 
   const auto heads = convolve(query, key, value, convolution_weight, past, params);
-  const auto strength = at::sigmoid(beta.to(detail::compute_type(query))) * params.beta_max;
-  const auto g = gated ? gates(decay, a_log, dt_bias, beta) : at::Tensor();
-  const auto [o, next] = write_and_read(heads, g, strength, memory, params.in_place);
+  const auto compute = detail::compute_type(query);
+  auto rate = at::sigmoid(beta.to(compute)) * params.beta_max;
+  auto g = gated ? gates(decay, a_log, dt_bias, beta) : at::Tensor();
+  if (write.strength.defined()) {
+    detail::check_shape(kOp, "write_strength", write.strength, "[B, T]",
+                        {batch, query.sym_size(1)});
+    const auto strength = write.strength.to(compute).unsqueeze(-1);
+    rate = strengthened(rate, strength, write.limited);
+    if (gated) g = weakened(g, strength);
+  }
+  const auto [o, next] = write_and_read(heads, g, rate, memory, params.in_place);
   const auto y = gated_rms_norm(o, split_heads(gate, params.value_heads), norm_weight, params.eps);
   return {y.flatten(-2), next, heads.convolution_state};
 }
@@ -158,10 +185,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory_op(
     const OptionalTensor& decay, const at::Tensor& gate, const at::Tensor& convolution_weight,
     const OptionalTensor& a_log, const OptionalTensor& dt_bias, const at::Tensor& norm_weight,
     const OptionalTensor& state, const OptionalTensor& conv, int64_t heads, int64_t value_heads,
-    double beta_max, c10::string_view rule, double eps, bool in_place) {
+    double beta_max, c10::string_view rule, double eps, bool in_place,
+    const OptionalTensor& write_strength) {
   return fast_weight_memory(
       query, key, value, beta, decay, gate, convolution_weight, a_log, dt_bias, norm_weight, state,
-      conv, {heads, value_heads, beta_max, {rule.data(), rule.size()}, eps, in_place});
+      conv, {heads, value_heads, beta_max, {rule.data(), rule.size()}, eps, in_place},
+      {write_strength.value_or(at::Tensor()), {}});
 }
 
 }  // namespace
@@ -172,7 +201,7 @@ TORCH_LIBRARY_FRAGMENT(fastweights, m) {
       "fast_weight_memory(Tensor query, Tensor key, Tensor value, Tensor beta, Tensor? decay, "
       "Tensor gate, Tensor convolution_weight, Tensor? a_log, Tensor? dt_bias, "
       "Tensor norm_weight, Tensor? state, Tensor? conv, int heads, int value_heads, "
-      "float beta_max, str rule, float eps, bool in_place=False) "
+      "float beta_max, str rule, float eps, bool in_place=False, Tensor? write_strength=None) "
       "-> (Tensor o, Tensor state, Tensor conv)",
       &fastweights::fast_weight_memory_op);
 }

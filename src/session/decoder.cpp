@@ -169,14 +169,14 @@ std::unique_ptr<Decoder> Decoder::make(const nn::LanguageModelImpl& model) {
   return decoder;
 }
 
-at::Tensor Decoder::step(std::int64_t token, nn::LanguageModelState& state) const {
+at::Tensor Decoder::step(std::int64_t token, nn::LanguageModelState& state, float strength) const {
   std::vector<cpu::DecodingState> states;
   states.reserve(state.blocks.size());
   for (const auto& block : state.blocks) states.push_back(state_of(block));
   core::AlignedBuffer<float> scratch(static_cast<std::size_t>(cpu::decoding_scratch(model_)));
   auto* position = state.position.mutable_data_ptr<std::int64_t>();
   at::Tensor logits = at::empty({model_.output.rows}, at::kFloat);
-  cpu::decode_token(model_, token, *position, states, scratch.data(),
+  cpu::decode_token(model_, token, *position, strength, states, scratch.data(),
                     logits.mutable_data_ptr<float>(), parallel_executor());
   *position += 1;
   return logits;

@@ -23,7 +23,8 @@ class Decoder {
 
   /// Reads one token of a batch of one: `state` moves on in place. Returns the logits of the next
   /// one, fp32 [vocabulary].
-  at::Tensor step(std::int64_t token, nn::LanguageModelState& state) const;
+  /// @param strength how strongly it is learned, in [0, 2]
+  at::Tensor step(std::int64_t token, nn::LanguageModelState& state, float strength = 1.0F) const;
 
  private:
   Decoder() = default;

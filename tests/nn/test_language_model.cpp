@@ -246,6 +246,41 @@ TEST_CASE("a dropped row trains as without its memory") {
   CHECK(error_ratio(with_memory, without) > 1e-2);
 }
 
+TEST_CASE("write strengths reach every memory, row by row and token by token") {
+  auto model = small_model();
+  model->eval();
+  const at::NoGradGuard no_grad;
+  const auto tokens = random_tokens(3, 40);
+  auto before = model->initial_state(3);
+  before = model->forward(random_tokens(3, 40), before).state;
+  const auto plain = model->forward(tokens, before);
+  auto strength = at::ones({3, 40});
+  const auto one = model->forward(tokens, before, {.write_strength = strength});
+  CHECK(one.logits.equal(plain.logits));
+  strength[1].fill_(0.0);
+  strength[2].slice(0, 20).fill_(2.0);
+  const auto limited = at::zeros({1}, at::kLong);
+  const auto changed =
+      model->forward(tokens, before, {.write_strength = strength, .limited_writes = limited});
+  CHECK(changed.logits[0].equal(plain.logits[0]));
+  CHECK_FALSE(changed.logits[1].equal(plain.logits[1]));
+  CHECK(error_ratio(changed.logits[2].slice(0, 0, 20), plain.logits[2].slice(0, 0, 20)) < 1e-6);
+  CHECK(error_ratio(changed.logits[2].slice(0, 20), plain.logits[2].slice(0, 20)) > 1e-3);
+  CHECK(limited.item<int64_t>() == 0);  // beta_max is 1
+  for (std::size_t layer = 0; layer < before.blocks.size(); ++layer) {
+    const auto& old = before.blocks[layer].memory;
+    const auto& now = changed.state.blocks[layer].memory;
+    CHECK(now.state[0].equal(plain.state.blocks[layer].memory.state[0]));
+    CHECK(now.state[1].equal(old.state[1]));
+    CHECK_FALSE(now.conv[1].equal(old.conv[1]));  // what was read went by
+  }
+  CHECK_THROWS_AS(model->forward(tokens, before, {.write_strength = at::ones({3, 39})}),
+                  fastweights::ShapeError);
+  CHECK_THROWS_AS(
+      model->forward(tokens, before, {.write_strength = at::ones({3, 40}, at::kDouble)}),
+      fastweights::ShapeError);
+}
+
 TEST_CASE("dropping is drawn per row, for all blocks at once") {
   auto config = small_config();
   config.memory_dropout = 0.5;

@@ -37,7 +37,8 @@ enum Input {
   kDtBias,
   kNorm,
   kState,
-  kPast
+  kPast,
+  kStrength  // only where a test adds it
 };
 
 Tensors random_inputs(int64_t tokens, at::ScalarType type = at::kFloat) {
@@ -67,7 +68,7 @@ FastWeightMemoryParams params(std::string_view rule, bool in_place = false) {
 auto run(const Tensors& in, const FastWeightMemoryParams& p) {
   return fast_weight_memory(in[kQuery], in[kKey], in[kValue], in[kBeta], in[kDecay], in[kGate],
                             in[kConvolution], in[kALog], in[kDtBias], in[kNorm], in[kState],
-                            in[kPast], p);
+                            in[kPast], p, {in.size() > kStrength ? in[kStrength] : Tensor(), {}});
 }
 
 Tensor unit(const Tensor& x) { return x * (x.square().sum(-1, true) + 1e-6).rsqrt(); }
@@ -87,8 +88,10 @@ std::pair<Tensor, Tensor> plain_memory(const Tensors& in, bool gated) {
   const auto k = repeat(unit(mixed.narrow(2, keys, keys).unflatten(2, {kHeads, -1})));
   const auto v =
       mixed.narrow(2, 2 * keys, kValueHeads * kValueSize).unflatten(2, {kValueHeads, -1});
-  const auto beta = 1.5 * at::sigmoid(in[kBeta]);
-  const auto g = -in[kALog].exp() * at::softplus(in[kDecay] + in[kDtBias]);
+  const auto strength = in.size() > kStrength ? in[kStrength].unsqueeze(2) : at::ones({1, 1, 1});
+  const auto beta = at::minimum(1.5 * at::sigmoid(in[kBeta]) * strength, at::full({}, 2.0));
+  const auto g = -in[kALog].exp() * at::softplus(in[kDecay] + in[kDtBias]) *
+                 at::minimum(strength, at::ones({}));
   auto state = in[kState];
   Tensors reads;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -122,6 +125,94 @@ TEST_CASE("fast_weight_memory is its definition, with every gradient") {
       [&](const Tensors& in) { return plain_memory(in, gated).second; }, inputs, type);
   CHECK(state.output < test::tolerance(type).output);
   CHECK(state.gradient < test::tolerance(type).gradient);
+}
+
+TEST_CASE("write strengths are their definition, with every gradient") {
+  torch::manual_seed(6);
+  const bool gated = GENERATE(true, false);
+  const int64_t tokens = GENERATE(1, 5, 70);
+  CAPTURE(gated, tokens);
+  const auto p = params(gated ? "gated_delta_rule" : "delta_rule");
+  auto inputs = random_inputs(tokens);
+  inputs.push_back(at::rand({2, tokens}) * 2);
+  for (const auto output : {0, 1}) {
+    const auto errors = test::compare(
+        [&](const Tensors& in) {
+          const auto [o, state, past] = run(in, p);
+          return output == 0 ? o : state;
+        },
+        [&](const Tensors& in) {
+          const auto [o, state] = plain_memory(in, gated);
+          return output == 0 ? o : state;
+        },
+        inputs, at::kDouble);
+    CHECK(errors.output < test::tolerance(at::kDouble).output);
+    CHECK(errors.gradient < test::tolerance(at::kDouble).gradient);
+  }
+}
+
+TEST_CASE("a strength of one changes no bit, one of zero leaves the fast weights to the bit") {
+  torch::manual_seed(7);
+  const bool gated = GENERATE(true, false);
+  const bool in_place = GENERATE(true, false);
+  const int64_t tokens = GENERATE(1, 7, 70);
+  CAPTURE(gated, in_place, tokens);
+  const auto p = params(gated ? "gated_delta_rule" : "delta_rule", in_place);
+  auto inputs = random_inputs(tokens);
+  const auto state = inputs[kState];
+  const auto with = [&](double strength) {
+    auto in = inputs;
+    in[kState] = state.clone();
+    if (strength >= 0) in.push_back(at::full({2, tokens}, strength));
+    return run(in, p);
+  };
+  const auto [o, next, past] = with(-1);
+  const auto [o_one, next_one, past_one] = with(1);
+  CHECK(o.equal(o_one));
+  CHECK(next.equal(next_one));
+  const auto [o_zero, next_zero, past_zero] = with(0);
+  CHECK(next_zero.equal(state));
+  CHECK(past_zero.equal(past));
+  CHECK_FALSE(o_zero.equal(o));  // a token sees its own write
+
+  inputs[kALog].fill_(200.0);  // gates of −∞ forget everything, but for a token that is not learned
+  CHECK(std::get<1>(with(0)).equal(state));
+  CHECK(std::get<1>(with(0.5)).isfinite().all().item<bool>());
+}
+
+TEST_CASE("gates of minus infinity have no NaN in the gradients of strengths") {
+  torch::manual_seed(8);
+  auto inputs = random_inputs(6, at::kDouble);
+  inputs[kALog].fill_(1000.0);
+  inputs.push_back(at::tensor({0.0, 1.0, 0.5, 0.0, 2.0, 1.0}, at::kDouble).expand({2, 6}).clone());
+  for (auto& input : inputs) input.requires_grad_();
+  const auto [o, state, past] = run(inputs, params("gated_delta_rule"));
+  (o.sum() + state.sum()).backward();
+  for (const auto index : {kQuery, kValue, kBeta, kState, kStrength}) {
+    CAPTURE(index);
+    CHECK(inputs[index].grad().isfinite().all().item<bool>());
+  }
+}
+
+TEST_CASE("strengths beyond the stable range are limited and counted") {
+  torch::manual_seed(9);
+  auto inputs = random_inputs(9);
+  const auto strength = at::full({2, 9}, 2.0);
+  const auto wanted = 1.5 * at::sigmoid(inputs[kBeta]) * 2.0;
+  const auto limited = at::full({1}, 100, at::kLong);
+  const auto call = [&](const Tensors& in, const WriteStrength& write) {
+    return std::get<1>(fast_weight_memory(in[kQuery], in[kKey], in[kValue], in[kBeta], in[kDecay],
+                                          in[kGate], in[kConvolution], in[kALog], in[kDtBias],
+                                          in[kNorm], in[kState], in[kPast],
+                                          params("gated_delta_rule"), write));
+  };
+  const auto state = call(inputs, {strength, limited});
+  const auto count = (wanted > 2.0).sum().item<int64_t>();
+  CHECK(count > 0);
+  CHECK(limited.item<int64_t>() == 100 + count);
+  // The same β, reached without a limit: 2 for the largest of them.
+  inputs[kBeta] = at::logit(wanted.clamp_max(2.0) / 3.0);
+  CHECK(error_ratio(state, call(inputs, {strength, limited})) < 1e-5);
 }
 
 TEST_CASE("fast_weight_memory in pieces is one call") {

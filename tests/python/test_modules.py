@@ -42,6 +42,30 @@ def test_cpp_and_python_are_twins(variant: str) -> None:
         assert_near("logits", again, model(tokens, state, last_logits_only=True).logits, 1e-6)
 
 
+@pytest.mark.parametrize("variant", ["both", "delta_rule"])
+def test_write_strengths(variant: str) -> None:
+    model = small_model(variant).double()
+    tokens = random_tokens(2, 30)
+    state = model(tokens).state
+    plain = logits_of(model, tokens, state=state)
+    strength = torch.ones(2, 30)
+    assert torch.equal(logits_of(model, tokens, state=state, write_strength=strength), plain)
+    strength[0] = 0
+    strength[1, 10:] = 1.5
+    output = model(tokens, state, write_strength=strength)
+    assert_near("logits", output.logits[1, :10], plain[1, :10], 1e-12)
+    assert not torch.equal(output.logits[1], plain[1])
+    for before, after in zip(state.blocks, output.state.blocks, strict=True):
+        assert torch.equal(before.memory.state[0], after.memory.state[0])
+        assert not torch.equal(before.memory.state[1], after.memory.state[1])
+    strength.requires_grad_()
+    logits_of(model, tokens, state=state, write_strength=strength).square().sum().backward()
+    assert strength.grad is not None
+    assert (strength.grad.count_nonzero(1) > 20).all()
+    with pytest.raises(fastweights.ShapeError, match=r"write_strength must be float32 \[B, T\] = "):
+        model(tokens, state, write_strength=torch.ones(2, 29))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("pieces", [[1] * 25, [7, 0, 18], [24, 1]], ids=str)
 @pytest.mark.parametrize("in_place", [False, True])

@@ -93,10 +93,12 @@ std::int64_t decoding_scratch(const DecodingModel& model);
 
 /// Reads token `token`, the one at `position` of its sequence, and writes the logits of the next
 /// one, fp32 [vocabulary]. Sizes are not checked.
+/// @param strength r in [0, 2]: every β is multiplied by r and limited to 2, every log-decay by
+///                 min(r, 1); with 0 a memory is neither written nor decays
 /// @param states  one for each layer
 /// @param scratch 64-byte aligned, overwritten
 void decode_token(const DecodingModel& model, std::int64_t token, std::int64_t position,
-                  const std::vector<DecodingState>& states, float* scratch, float* logits,
-                  const Executor& executor);
+                  float strength, const std::vector<DecodingState>& states, float* scratch,
+                  float* logits, const Executor& executor);
 
 }  // namespace fastweights::cpu

@@ -23,6 +23,11 @@ struct ForwardOptions {
       false;  ///< logits [B, 1, vocabulary] of the last token ([B, 0, ...] if T = 0)
   at::Tensor memory_keep = {};  ///< [B, 1, 1], 0 where the row's memories are left out; undefined:
                                 ///< drawn in training as `memory_dropout` says, else all are there
+  /// fp32 [B, T], each in [0, 2]: how strongly each token is learned, see WriteStrength; undefined:
+  /// all 1. Values are not checked. Differentiable, but where a β is limited.
+  at::Tensor write_strength = {};
+  /// int64 [1] or undefined: how many β were limited is added, over all layers and heads.
+  at::Tensor limited_writes = {};
 };
 
 /// What a call of LanguageModel returns.

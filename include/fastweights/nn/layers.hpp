@@ -6,6 +6,7 @@
 
 #include "fastweights/nn/config.hpp"
 #include "fastweights/nn/state.hpp"
+#include "fastweights/ops/fast_weight_memory.hpp"
 
 namespace fastweights::nn {
 
@@ -88,7 +89,9 @@ class FastWeightMemoryImpl : public torch::nn::Cloneable<FastWeightMemoryImpl> {
   MemoryState initial_state(int64_t batch) const;
   /// @param x        [B, T, width]
   /// @param in_place inference only: `state` may be overwritten
-  Output forward(const at::Tensor& x, const MemoryState& state, bool in_place = false) const;
+  /// @param write    how strongly each token is learned
+  Output forward(const at::Tensor& x, const MemoryState& state, bool in_place = false,
+                 const WriteStrength& write = {}) const;
 
   torch::nn::Linear query{nullptr}, key{nullptr}, value{nullptr}, beta{nullptr}, decay{nullptr},
       gate{nullptr}, output{nullptr};
@@ -118,6 +121,7 @@ class BlockImpl : public torch::nn::Cloneable<BlockImpl> {
     bool in_place = false;
     at::Tensor memory_keep =
         {};  ///< [B, 1, 1], 0 where the row's memory is dropped; may be undefined
+    WriteStrength write = {};
   };
 
   explicit BlockImpl(LanguageModelConfig config, int64_t layer = 0);

@@ -18,6 +18,14 @@ struct FastWeightMemoryParams {
   bool in_place = false;  ///< inference only: the states given may be overwritten
 };
 
+/// How strongly each token is learned: with strength r in [0, 2], β is multiplied by r and limited
+/// to 2, up to which a write is stable, and g is multiplied by min(r, 1). With r = 1 a token is
+/// learned as trained, to the bit; with r = 0 it leaves the fast weights as they are, to the bit.
+struct WriteStrength {
+  at::Tensor strength = {};  ///< fp32 [B, T]; undefined: 1
+  at::Tensor limited = {};  ///< int64 [1]: the number of β that were limited is added; or undefined
+};
+
 /// Everything in a fast-weight memory layer that lies between its projections: short convolution
 /// over queries, keys and values, L2-normalised queries and keys, write strength `β = beta_max ·
 /// σ(beta)`, log-decay `g = −exp(a_log) · softplus(decay + dt_bias)` (Mamba-2, arXiv:2405.21060;
@@ -32,6 +40,7 @@ struct FastWeightMemoryParams {
 /// @param norm_weight        [V]
 /// @param state              [B, HV, K, V], zero unless given
 /// @param convolution_state  [B, W − 1, 2·H·K + HV·V], zero unless given
+/// @param write              strengths of the writes; their values are not checked
 /// @return o [B, T, HV·V], the state and the convolution's state after the last token
 /// @throws ShapeError naming the tensor, the expected and the given shape
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
@@ -40,6 +49,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
     const at::Tensor& convolution_weight, const std::optional<at::Tensor>& a_log,
     const std::optional<at::Tensor>& dt_bias, const at::Tensor& norm_weight,
     const std::optional<at::Tensor>& state, const std::optional<at::Tensor>& convolution_state,
-    const FastWeightMemoryParams& params);
+    const FastWeightMemoryParams& params, const WriteStrength& write = {});
 
 }  // namespace fastweights

@@ -53,6 +53,7 @@ class Block(nn.Module):
         position: Tensor,
         in_place: bool = False,
         memory_keep: Tensor | None = None,
+        write_strength: Tensor | None = None,
     ) -> tuple[Tensor, BlockState]:
         """Reads x [B, T, width].
 
@@ -62,8 +63,9 @@ class Block(nn.Module):
             position: int64 [B], tokens seen.
             in_place: inference only: `state` may be overwritten.
             memory_keep: [B, 1, 1], 0 where the row's memory is dropped.
+            write_strength: fp32 [B, T], how strongly each token is learned (1 without it).
         """
-        mixed, state = self._mix(x, state, position, in_place, memory_keep)
+        mixed, state = self._mix(x, state, position, in_place, memory_keep, write_strength)
         return mixed + self.feed_forward(self.feed_forward_norm(mixed)), state
 
     def _mix(
@@ -73,6 +75,7 @@ class Block(nn.Module):
         position: Tensor,
         in_place: bool,
         memory_keep: Tensor | None,
+        write_strength: Tensor | None,
     ) -> tuple[Tensor, BlockState]:
         normed = self.mixer_norm(x)
         memory, attention = state
@@ -80,7 +83,7 @@ class Block(nn.Module):
             o, attention = self.attention(normed, attention, position, in_place)
             x = torch.addcmul(x, self.mix_attention, o)
         if self.memory is not None and self.memory_enabled:
-            o, memory = self.memory(normed, memory, in_place)
+            o, memory = self.memory(normed, memory, in_place, write_strength)
             mix: Tensor = self.mix_memory
             x = torch.addcmul(x, mix if memory_keep is None else mix * memory_keep, o)
         return x, BlockState(memory, attention)

@@ -61,6 +61,7 @@ class LanguageModel(nn.Module):
         logits: bool = True,
         last_logits_only: bool = False,
         memory_keep: Tensor | None = None,
+        write_strength: Tensor | None = None,
     ) -> LanguageModelOutput:
         """Reads T ≥ 0 tokens of each row.
 
@@ -75,6 +76,11 @@ class LanguageModel(nn.Module):
             last_logits_only: logits of the last token only, [B, 1, vocabulary].
             memory_keep: [B, 1, 1], 0 where the row's memories are left out. Without it they are
                 drawn in training as `memory_dropout` says; else all are there.
+            write_strength: fp32 [B, T], each r in [0, 2]: how strongly each token is learned. In
+                every layer β is multiplied by r and limited to 2, up to which a write is stable,
+                and g is multiplied by min(r, 1). With 1, as without it, a token is learned as
+                trained, to the bit; with 0 it leaves the fast weights as they are, to the bit.
+                Values are not checked.
 
         Raises:
             ShapeError: tokens of a wrong shape or type.
@@ -92,10 +98,11 @@ class LanguageModel(nn.Module):
                 f"language_model: memory_keep must be [B, 1, 1] = [{tokens.shape[0]}, 1, 1], got "
                 f"{list(memory_keep.shape)}"
             )
+        _check_write_strength(tokens, write_strength)
         x = self.embedding(tokens)
         blocks = []
         for block, before in zip(self._blocks(), state.blocks, strict=True):
-            x, after = block(x, before, state.position, in_place, memory_keep)
+            x, after = block(x, before, state.position, in_place, memory_keep, write_strength)
             blocks.append(after)
         seen = tokens.shape[1]
         position = state.position.add_(seen) if in_place else state.position + seen
@@ -206,6 +213,16 @@ def _check_tokens(tokens: Tensor) -> None:
     if tokens.dim() != 2 or tokens.dtype != torch.int64:
         raise ShapeError(
             f"language_model: tokens must be int64 [B, T], got {tokens.dtype} {list(tokens.shape)}"
+        )
+
+
+def _check_write_strength(tokens: Tensor, strength: Tensor | None) -> None:
+    if strength is None:
+        return
+    if strength.dtype != torch.float32 or strength.shape != tokens.shape:
+        raise ShapeError(
+            f"language_model: write_strength must be float32 [B, T] = {list(tokens.shape)}, got "
+            f"{strength.dtype} {list(strength.shape)}"
         )
 
 

@@ -60,9 +60,20 @@ class FastWeightMemory(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: MemoryState, in_place: bool = False
+        self,
+        x: Tensor,
+        state: MemoryState,
+        in_place: bool = False,
+        write_strength: Tensor | None = None,
     ) -> tuple[Tensor, MemoryState]:
-        """Reads x [B, T, width]. With `in_place` (inference only) `state` may be overwritten."""
+        """Reads x [B, T, width].
+
+        Args:
+            x: [B, T, width].
+            state: what an earlier call returned.
+            in_place: inference only: `state` may be overwritten.
+            write_strength: fp32 [B, T], how strongly each token is learned (1 without it).
+        """
         config = self.config
         o, matrix, conv = ops.fast_weight_memory(
             self.query(x),
@@ -83,6 +94,7 @@ class FastWeightMemory(nn.Module):
             rule=config.memory_rule,
             eps=config.norm_epsilon,
             in_place=in_place,
+            write_strength=write_strength,
         )
         return self.output(o), MemoryState(matrix, conv)
 

@@ -25,6 +25,7 @@ def fast_weight_memory(
     rule: str = "gated_delta_rule",
     eps: float = 1e-6,
     in_place: bool = False,
+    write_strength: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All of a fast-weight memory layer that lies between its projections.
 
@@ -51,6 +52,9 @@ def fast_weight_memory(
         rule: "gated_delta_rule" or "delta_rule".
         eps: of the norm.
         in_place: inference only: `state` may be overwritten.
+        write_strength: fp32 [B, T], each r in [0, 2]: how strongly each token is learned. β is
+            multiplied by r and limited to 2, g is multiplied by min(r, 1): with 1 (or None) a token
+            is learned as trained, with 0 it leaves the fast weights as they are.
 
     Returns:
         o [B, T, HV·V], and both states after the last token.
@@ -74,5 +78,6 @@ def fast_weight_memory(
         rule,
         eps,
         in_place,
+        write_strength,
     )
     return o, next_state, next_conv
