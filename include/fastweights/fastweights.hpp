@@ -25,6 +25,7 @@
 #include "fastweights/nn/state.hpp"
 #include "fastweights/nn/tensor_file.hpp"
 #include "fastweights/ops/delta_rule.hpp"
+#include "fastweights/ops/fast_head.hpp"
 #include "fastweights/ops/fast_weight_memory.hpp"
 #include "fastweights/ops/gated_delta_product.hpp"
 #include "fastweights/ops/gated_delta_rule.hpp"

@@ -69,9 +69,10 @@ std::shared_ptr<Model> from_tensors(const std::string& config, const py::dict& t
   return model;
 }
 
-std::shared_ptr<Model> load(const Path& path, at::ScalarType dtype) {
+std::shared_ptr<Model> load(const Path& path, at::ScalarType dtype, const std::string& changes) {
   const KeepRandomNumbers keep;
-  return std::const_pointer_cast<Model>(load_model(path, dtype));
+  const auto change = [&](nn::LanguageModelConfig& config) { config = config.with(changes); };
+  return std::const_pointer_cast<Model>(load_model(path, dtype, change));
 }
 
 py::dict tensors_of(const Model& model) {
@@ -108,7 +109,7 @@ void bind_model(py::module_& module) {
   py::class_<Model, std::shared_ptr<Model>>(module, "LanguageModel")
       .def_static("from_tensors", &from_tensors, py::arg("config"), py::arg("tensors"))
       .def_static("load", &load, py::arg("path"), py::arg("dtype") = at::kFloat,
-                  py::call_guard<py::gil_scoped_release>())
+                  py::arg("changes") = "{}", py::call_guard<py::gil_scoped_release>())
       .def(
           "save",
           [](const Model& model, const Path& path, std::optional<at::ScalarType> dtype) {

@@ -3,8 +3,10 @@
 All files are read and written by the C++ library: one parser, atomic writes, no pickle.
 """
 
+import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,19 +18,21 @@ from .nn._projection import without_initial_values
 PathLike = str | os.PathLike[str]
 
 
-def load_model(path: PathLike, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def load_model(path: PathLike, dtype: torch.dtype = torch.float32, **changes: Any) -> LanguageModel:
     """Reads a model folder. The model is in evaluation mode.
 
     Args:
         path: the folder.
         dtype: of the weights in memory; files in bf16 or fp16 are widened.
+        **changes: keys of the configuration that shall differ from the folder's, of those that no
+            weights depend on: `fast_head=True` gives a trained model a memory at its head.
 
     Raises:
         FileError: a missing or malformed file.
         Error: a configuration that is not valid.
         StateMismatch: naming the tensors that are missing, of another shape, or not known.
     """
-    native = _C.LanguageModel.load(path, dtype)
+    native = _C.LanguageModel.load(path, dtype, json.dumps(changes))
     with without_initial_values():
         model = LanguageModel(LanguageModelConfig.from_json(native.config))
     model.load_state_dict(native.tensors(), assign=True)

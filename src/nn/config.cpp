@@ -41,6 +41,9 @@ void for_each_key(Config& config, Visit&& visit) {
   visit("half_life_min", config.half_life_min);
   visit("half_life_max", config.half_life_max);
   visit("memory_dropout", config.memory_dropout);
+  visit("fast_head", config.fast_head);
+  visit("fast_head_eta", config.fast_head_eta);
+  visit("fast_head_half_life", config.fast_head_half_life);
   visit("tie_embeddings", config.tie_embeddings);
   visit("norm_epsilon", config.norm_epsilon);
   visit("initializer_range", config.initializer_range);
@@ -98,6 +101,11 @@ void check_memory(const LanguageModelConfig& config) {
   check_range("half_life_min", config.half_life_min, 1e-3, 1e12);
   check_range("half_life_max", config.half_life_max, config.half_life_min, 1e12);
   check_range("memory_dropout", config.memory_dropout, 0.0, 1.0);
+}
+
+void check_fast_head(const LanguageModelConfig& config) {
+  check_range("fast_head_eta", config.fast_head_eta, 0.0, 2.0);
+  check_range("fast_head_half_life", config.fast_head_half_life, 0.0, 1e12);
 }
 
 // Number of single-character edits between two words.
@@ -193,18 +201,27 @@ void LanguageModelConfig::validate() const {
   if (!attention && !memory) fail("attention or memory must be true");
   if (attention) check_attention(*this);
   if (memory) check_memory(*this);
+  if (fast_head) check_fast_head(*this);
 }
 
 LanguageModelConfig LanguageModelConfig::from_json(std::string_view json) {
+  return LanguageModelConfig{}.with(json);
+}
+
+LanguageModelConfig LanguageModelConfig::with(std::string_view json) const {
   const Json object = parse(json);
   check_format(object);
   for (const auto& item : object.items()) check_known(item.key());
-  LanguageModelConfig config;
+  LanguageModelConfig config = *this;
   for_each_key(config, [&](const char* name, auto& member) {
     if (object.contains(name)) read_value(name, object[name], member);
   });
   config.validate();
   return config;
+}
+
+double LanguageModelConfig::fast_head_decay() const {
+  return fast_head_half_life == 0.0 ? 0.0 : -std::log(2.0) / fast_head_half_life;
 }
 
 std::string LanguageModelConfig::to_json() const {

@@ -9,6 +9,7 @@
 #include <sstream>
 
 #include "fastweights/core/error.hpp"
+#include "fastweights/ops/fast_head.hpp"
 #include "projection.hpp"
 
 namespace fastweights::nn {
@@ -91,6 +92,15 @@ void check_write_strength(const at::Tensor& tokens, const at::Tensor& strength) 
   throw ShapeError(message.str());
 }
 
+void check_head(const LanguageModelConfig& config, int64_t batch, const HeadState& head) {
+  const auto check = [&](const char* field, const at::Tensor& given, at::IntArrayRef shape) {
+    check_tensor(std::string("head.") + field, given, shape, config.fast_head);
+  };
+  check("state", head.state, {batch, config.width, config.vocabulary_size});
+  check("hidden", head.hidden, {batch, config.width});
+  check("logits", head.logits, {batch, config.vocabulary_size});
+}
+
 LanguageModelConfig validated(LanguageModelConfig config) {
   config.validate();
   return config;
@@ -138,6 +148,12 @@ LanguageModelState LanguageModelImpl::initial_state(int64_t batch) const {
   LanguageModelState state;
   for (const auto& block : blocks) state.blocks.push_back(block->initial_state(batch));
   state.position = at::zeros({batch}, at::TensorOptions(at::kLong).device(norm->weight.device()));
+  if (!config_.fast_head) return state;
+  const auto narrow = norm->weight.options().requires_grad(false);
+  const auto wide = narrow.dtype(narrow.dtype() == at::kDouble ? at::kDouble : at::kFloat);
+  state.head = {at::zeros({batch, config_.width, config_.vocabulary_size}, wide),
+                at::zeros({batch, config_.width}, narrow),
+                at::zeros({batch, config_.vocabulary_size}, wide)};
   return state;
 }
 
@@ -147,11 +163,21 @@ at::Tensor LanguageModelImpl::draw_memory_keep(int64_t batch) const {
                                 norm->weight.options().requires_grad(false)));
 }
 
-at::Tensor LanguageModelImpl::to_logits(const at::Tensor& x) const {
-  const auto normed = norm->forward(x);
+at::Tensor LanguageModelImpl::to_logits(const at::Tensor& normed) const {
   const auto logits =
       output.is_empty() ? at::linear(normed, embedding->weight) : project(output, normed);
   return logits.scalar_type() == at::kDouble ? logits : logits.to(at::kFloat);
+}
+
+at::Tensor LanguageModelImpl::correct(const at::Tensor& normed, const at::Tensor& logits,
+                                      const at::Tensor& tokens, const HeadState& before,
+                                      const ForwardOptions& options, HeadState& next) const {
+  const FastHeadParams params{config_.fast_head_eta, config_.fast_head_decay(), options.in_place,
+                              options.write_strength, options.limited_writes};
+  auto [corrected, state, hidden, last] = fastweights::fast_head(
+      normed, logits, tokens, before.state, before.hidden, before.logits, params);
+  next = {std::move(state), std::move(hidden), std::move(last)};
+  return corrected;
 }
 
 LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& tokens,
@@ -159,6 +185,7 @@ LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& tokens,
                                                const ForwardOptions& options) const {
   check_tokens(tokens);
   check_state(config_, tokens.size(0), state);
+  check_head(config_, tokens.size(0), state.head);
   if (options.memory_keep.defined() &&
       options.memory_keep.sizes() != at::IntArrayRef({tokens.size(0), 1, 1})) {
     throw ShapeError(
@@ -180,9 +207,17 @@ LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& tokens,
   }
   next.position =
       options.in_place ? state.position.add_(tokens.size(1)) : state.position + tokens.size(1);
+  const auto last = [&](const at::Tensor& rows) {
+    const auto count = rows.size(1);
+    return options.last_logits_only && count > 1 ? rows.narrow(1, count - 1, 1) : rows;
+  };
+  if (config_.fast_head) {  // it learns from the logits of every token
+    const auto normed = norm->forward(x);
+    const auto logits = correct(normed, to_logits(normed), tokens, state.head, options, next.head);
+    return {options.logits ? last(logits) : at::Tensor(), std::move(next)};
+  }
   if (!options.logits) return {{}, std::move(next)};
-  if (options.last_logits_only && x.size(1) > 1) x = x.narrow(1, x.size(1) - 1, 1);
-  return {to_logits(x), std::move(next)};
+  return {to_logits(norm->forward(last(x))), std::move(next)};
 }
 
 void LanguageModelImpl::enable_attention(bool enabled) {

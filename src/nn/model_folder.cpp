@@ -92,8 +92,10 @@ void make_folder(const fs::path& folder) {
 }  // namespace
 
 std::shared_ptr<const nn::LanguageModelImpl> load_model(const fs::path& folder,
-                                                        at::ScalarType dtype) {
-  const auto config = read_config(folder);
+                                                        at::ScalarType dtype,
+                                                        const ConfigChange& change) {
+  auto config = read_config(folder);
+  if (change) change(config);
   const nn::WithoutInitialValues fast;
   auto model = std::make_shared<nn::LanguageModelImpl>(config);
   const auto stored = read_weights(folder / kWeightsFile, *model);

@@ -20,6 +20,9 @@ void for_each_tensor(State& state, Visit&& visit) {
     visit(block.attention.key);
     visit(block.attention.value);
   }
+  visit(state.head.state);
+  visit(state.head.hidden);
+  visit(state.head.logits);
   visit(state.position);
 }
 
@@ -60,6 +63,9 @@ at::Tensor* field_of(BlockState& block, std::string_view field) {
 
 at::Tensor* find_field(LanguageModelState& state, std::string_view name) {
   if (name == "position") return &state.position;
+  if (name == "head.state") return &state.head.state;
+  if (name == "head.hidden") return &state.head.hidden;
+  if (name == "head.logits") return &state.head.logits;
   const auto parsed = parse_layer_name(name);
   if (!parsed) return nullptr;
   if (parsed->layer >= state.blocks.size()) state.blocks.resize(parsed->layer + 1);
@@ -113,6 +119,9 @@ NamedTensors LanguageModelState::tensors() const {
     add(layer + "attention.key", blocks[n].attention.key);
     add(layer + "attention.value", blocks[n].attention.value);
   }
+  add("head.state", head.state);
+  add("head.hidden", head.hidden);
+  add("head.logits", head.logits);
   add("position", position);
   return named;
 }

@@ -151,6 +151,7 @@ std::unique_ptr<Decoder> Decoder::make(const nn::LanguageModelImpl& model) {
   const auto& config = model.config();
   const auto type = model.norm->weight.scalar_type();
   if (type != at::kFloat && type != at::kBFloat16) return nullptr;
+  if (config.fast_head) return nullptr;
   Taker take(type);
   std::unique_ptr<Decoder> decoder(new Decoder());
   auto& plan = decoder->model_;

@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "memory_only": {"attention": False},
     "untied": {"tie_embeddings": False, "convolution_size": 1},
     "no_sinks": {"attention_sinks": 0},
+    "fast_head": {"fast_head": True, "fast_head_half_life": 60.0},
 }
 
 

@@ -32,6 +32,10 @@ struct LanguageModelConfig {
   double half_life_max = 8192.0;  ///< FastWeightMemory
   double memory_dropout = 0.0;    ///< probability that a row trains without its memories
 
+  bool fast_head = false;            ///< a memory at the head, see ops/fast_head.hpp
+  double fast_head_eta = 0.3;        ///< its write strength, up to 2
+  double fast_head_half_life = 0.0;  ///< in tokens; 0: nothing is forgotten
+
   bool tie_embeddings = true;  ///< the output layer is the embedding's transpose
   double norm_epsilon = 1e-6;
   double initializer_range = 0.02;  ///< standard deviation of the weights when training starts
@@ -44,6 +48,11 @@ struct LanguageModelConfig {
   ///         wrong type, another format or a newer version, or a value that `validate` refuses
   static LanguageModelConfig from_json(std::string_view json);
   std::string to_json() const;
+  /// This configuration with the keys of a JSON object in the place of its own.
+  /// @throws Error as `from_json`
+  LanguageModelConfig with(std::string_view json) const;
+  /// Log-decay of a token at the head.
+  double fast_head_decay() const;
 
   bool operator==(const LanguageModelConfig&) const = default;
 };

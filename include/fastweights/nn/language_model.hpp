@@ -86,7 +86,11 @@ class LanguageModelImpl : public torch::nn::Cloneable<LanguageModelImpl> {
 
  private:
   void collect_blocks();
-  at::Tensor to_logits(const at::Tensor& x) const;
+  /// Logits of the normed hidden states.
+  at::Tensor to_logits(const at::Tensor& normed) const;
+  /// Corrects the logits by the memory at the head and learns `tokens`.
+  at::Tensor correct(const at::Tensor& normed, const at::Tensor& logits, const at::Tensor& tokens,
+                     const HeadState& before, const ForwardOptions& options, HeadState& next) const;
 
   LanguageModelConfig config_;
 };

@@ -29,11 +29,20 @@ struct BlockState {
   AttentionState attention;
 };
 
+/// What the memory at the head carries (`fast_head`): its matrix and, since a token is written when
+/// the next one is known, the hidden state and the logits of the last one.
+struct HeadState {
+  at::Tensor state;   ///< [B, width, vocabulary], fp32 (fp64 in a fp64 model)
+  at::Tensor hidden;  ///< [B, width]
+  at::Tensor logits;  ///< [B, vocabulary], corrected, at least fp32
+};
+
 /// All that decides what a LanguageModel predicts next, beside its weights. A value type: copies
 /// share tensors, and nothing but an in-place forward call writes into them.
 struct LanguageModelState {
   std::vector<BlockState> blocks;
   at::Tensor position;  ///< int64 [B], tokens seen
+  HeadState head;       ///< undefined tensors where a model has none
 
   /// The same values, cut from the graph: truncates back-propagation through time.
   LanguageModelState detach() const;
@@ -47,7 +56,8 @@ struct LanguageModelState {
   /// Bytes of all tensors.
   int64_t bytes() const;
   /// `layers.N.memory.state`, `layers.N.memory.conv`, `layers.N.attention.key`,
-  /// `layers.N.attention.value` for each layer that has them, then `position`.
+  /// `layers.N.attention.value` for each layer that has them, `head.state`, `head.hidden`,
+  /// `head.logits` of a model that has a fast head, then `position`.
   NamedTensors tensors() const;
   /// The inverse of `tensors()`; any order.
   /// @throws StateMismatch on an unknown or repeated name, or without `position`

@@ -12,13 +12,14 @@ from .feed_forward import SwiGLU
 from .language_model import LanguageModel, LanguageModelOutput
 from .memory import FastWeightMemory
 from .normalization import RMSNorm
-from .state import AttentionState, BlockState, LanguageModelState, MemoryState
+from .state import AttentionState, BlockState, HeadState, LanguageModelState, MemoryState
 
 __all__ = [
     "AttentionState",
     "Block",
     "BlockState",
     "FastWeightMemory",
+    "HeadState",
     "LanguageModel",
     "LanguageModelConfig",
     "LanguageModelOutput",

@@ -3,13 +3,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _C
+from .. import _C, ops
 from ..errors import Error, ShapeError, StateMismatch
 from ._projection import make_projection
 from .block import Block
 from .config import LanguageModelConfig
 from .normalization import RMSNorm
-from .state import LanguageModelState
+from .state import HeadState, LanguageModelState
 
 
 class LanguageModelOutput(NamedTuple):
@@ -49,7 +49,9 @@ class LanguageModel(nn.Module):
         """
         position = torch.zeros(batch, dtype=torch.int64, device=self.norm.weight.device)
         return LanguageModelState(
-            tuple(block.initial_state(batch) for block in self._blocks()), position
+            tuple(block.initial_state(batch) for block in self._blocks()),
+            position,
+            self._initial_head(batch),
         )
 
     def forward(
@@ -106,9 +108,15 @@ class LanguageModel(nn.Module):
             blocks.append(after)
         seen = tokens.shape[1]
         position = state.position.add_(seen) if in_place else state.position + seen
+        if not self.config.fast_head:
+            return LanguageModelOutput(
+                self._logits(self.norm(x[:, -1:] if last_logits_only else x)) if logits else None,
+                LanguageModelState(tuple(blocks), position),
+            )
+        y, head = self._correct(self.norm(x), tokens, state.head, in_place, write_strength)
         return LanguageModelOutput(
-            self._logits(x[:, -1:] if last_logits_only else x) if logits else None,
-            LanguageModelState(tuple(blocks), position),
+            (y[:, -1:] if last_logits_only else y) if logits else None,
+            LanguageModelState(tuple(blocks), position, head),
         )
 
     def enable_attention(self, enabled: bool) -> None:
@@ -148,8 +156,40 @@ class LanguageModel(nn.Module):
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]
 
+    def _initial_head(self, batch: int) -> HeadState | None:
+        config, weight = self.config, self.norm.weight
+        if not config.fast_head:
+            return None
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return HeadState(
+            weight.new_zeros(batch, config.width, config.vocabulary_size, dtype=wide),
+            weight.new_zeros(batch, config.width),
+            weight.new_zeros(batch, config.vocabulary_size, dtype=wide),
+        )
+
+    def _correct(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        head: HeadState | None,
+        in_place: bool,
+        write_strength: Tensor | None,
+    ) -> tuple[Tensor, HeadState]:
+        """Logits of the normed x, corrected by the memory at the head, which learns `tokens`."""
+        assert head is not None
+        logits, state, hidden, pending = ops.fast_head(
+            x,
+            self._logits(x),
+            tokens,
+            *head,
+            eta=self.config.fast_head_eta,
+            g=self.config.fast_head_decay,
+            strength=write_strength,
+            in_place=in_place,
+        )
+        return logits, HeadState(state, hidden, pending)
+
     def _logits(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
         logits: Tensor
         if self.output is not None:
             logits = self.output(x)
@@ -206,7 +246,12 @@ class LanguageModel(nn.Module):
             ring = (batch, config.attention_window, config.attention_heads, config.head_size)
             fields |= {"attention.key": ring, "attention.value": ring}
         layers = {f"layers.{n}.{f}": s for n in range(config.layers) for f, s in fields.items()}
-        return layers | {"position": (batch,)}
+        head: dict[str, tuple[int, ...]] = {}
+        if config.fast_head:
+            head["head.state"] = (batch, config.width, config.vocabulary_size)
+            head["head.hidden"] = (batch, config.width)
+            head["head.logits"] = (batch, config.vocabulary_size)
+        return layers | head | {"position": (batch,)}
 
 
 def _check_tokens(tokens: Tensor) -> None:

@@ -28,11 +28,24 @@ class BlockState(NamedTuple):
     attention: AttentionState | None = None
 
 
+class HeadState(NamedTuple):
+    """What the memory at the head carries.
+
+    Since a token is written when the next one is known, the last one's hidden state and logits
+    belong to it.
+    """
+
+    state: Tensor  # [B, width, vocabulary], fp32 (fp64 in a fp64 model)
+    hidden: Tensor  # [B, width]
+    logits: Tensor  # [B, vocabulary], corrected, at least fp32
+
+
 class LanguageModelState(NamedTuple):
     """All that decides what a LanguageModel predicts next, beside its weights."""
 
     blocks: tuple[BlockState, ...]
     position: Tensor  # int64 [B], tokens seen
+    head: HeadState | None = None  # of a model with a fast head
 
     @property
     def batch(self) -> int:
@@ -74,7 +87,8 @@ class LanguageModelState(NamedTuple):
         """All tensors by name.
 
         `layers.N.memory.state`, `layers.N.memory.conv`, `layers.N.attention.key`,
-        `layers.N.attention.value` for each layer that has them, then `position`.
+        `layers.N.attention.value` for each layer that has them, `head.state`, `head.hidden`,
+        `head.logits` of a model that has a fast head, then `position`.
         """
         return dict(self._named())
 
@@ -92,9 +106,10 @@ class LanguageModelState(NamedTuple):
         blocks: list[BlockState] = []
         while any(name.startswith(f"layers.{len(blocks)}.") for name in rest):
             blocks.append(_take_block(rest, f"layers.{len(blocks)}."))
+        head = _take(rest, "head.", HeadState._fields)
         if rest:
             raise StateMismatch(f'state: unknown tensor "{next(iter(rest))}"')
-        return cls(tuple(blocks), position)
+        return cls(tuple(blocks), position, HeadState(*head) if head else None)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for n, block in enumerate(self.blocks):
@@ -102,6 +117,9 @@ class LanguageModelState(NamedTuple):
                 if state is not None:
                     for field, tensor in state._asdict().items():
                         yield f"layers.{n}.{branch}.{field}", tensor
+        if self.head is not None:
+            for field, tensor in self.head._asdict().items():
+                yield f"head.{field}", tensor
         yield "position", self.position
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "LanguageModelState":
@@ -114,21 +132,24 @@ class LanguageModelState(NamedTuple):
                 for block in self.blocks
             ),
             function(self.position),
+            HeadState(*map(function, self.head)) if self.head else None,
         )
 
 
-def _take_block(tensors: dict[str, Tensor], prefix: str) -> BlockState:
-    def take(branch: str, fields: tuple[str, ...]) -> list[Tensor] | None:
-        names = [f"{prefix}{branch}.{field}" for field in fields]
-        missing = [name for name in names if name not in tensors]
-        if len(missing) == len(names):
-            return None
-        if missing:
-            raise StateMismatch(f'state: tensor "{missing[0]}" is missing')
-        return [tensors.pop(name) for name in names]
+def _take(tensors: dict[str, Tensor], prefix: str, fields: tuple[str, ...]) -> list[Tensor] | None:
+    """Takes the named fields out of `tensors`: all, or None if there is none of them."""
+    names = [prefix + field for field in fields]
+    missing = [name for name in names if name not in tensors]
+    if len(missing) == len(names):
+        return None
+    if missing:
+        raise StateMismatch(f'state: tensor "{missing[0]}" is missing')
+    return [tensors.pop(name) for name in names]
 
-    memory = take("memory", MemoryState._fields)
-    attention = take("attention", AttentionState._fields)
+
+def _take_block(tensors: dict[str, Tensor], prefix: str) -> BlockState:
+    memory = _take(tensors, f"{prefix}memory.", MemoryState._fields)
+    attention = _take(tensors, f"{prefix}attention.", AttentionState._fields)
     return BlockState(
         MemoryState(*memory) if memory else None,
         AttentionState(*attention) if attention else None,

@@ -10,6 +10,7 @@ errors of `fastweights.errors`; called as ``torch.ops``, PyTorch makes each a Ru
 """
 
 from ._delta_rule import delta_rule, delta_rule_recurrent_
+from ._fast_head import fast_head
 from ._fast_weight_memory import fast_weight_memory
 from ._gated_delta_product import gated_delta_product, gated_delta_product_recurrent_
 from ._gated_delta_rule import gated_delta_rule, gated_delta_rule_recurrent_
@@ -26,6 +27,7 @@ from ._softmax_delta_rule import softmax_delta_rule, softmax_delta_rule_recurren
 __all__ = [
     "delta_rule",
     "delta_rule_recurrent_",
+    "fast_head",
     "fast_weight_memory",
     "gated_delta_product",
     "gated_delta_product_recurrent_",
