@@ -1,0 +1,1 @@
+"""What the deterioration study is made of: facts, learners, measures, plots."""

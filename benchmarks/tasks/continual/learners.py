@@ -1,0 +1,294 @@
+"""Ways of learning from what was read, behind one interface.
+
+A learner reads texts one after the other and answers questions at any time. Those that take
+gradient steps change the weights and carry no state; the others carry a state and leave the weights
+alone. Answering and scoring never teach a learner anything: both happen on a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+import fastweights
+from fastweights.nn import LanguageModel, LanguageModelState
+
+PIECE = 1024
+LN_2 = math.log(2.0)
+
+
+class Learner(Protocol):
+    """Something that learns from texts."""
+
+    def learn(self, text: bytes) -> None:
+        """Reads a text and learns from it."""
+
+    def answer_bits(self, prompts: Sequence[bytes], answers: Sequence[bytes]) -> Tensor:
+        """Bits of each answer after each prompt: [prompts, answers]."""
+
+    def text_bits(self, text: bytes) -> float:
+        """Bits per byte of a text from here on."""
+
+
+def to_tokens(text: bytes) -> Tensor:
+    return torch.tensor(list(text), dtype=torch.int64)[None]
+
+
+def row_bits(model: LanguageModel, state: LanguageModelState | None, rows: Tensor) -> Tensor:
+    """−log2 p of each token but the first: [B, T − 1]."""
+    logits = model(rows, state).logits
+    assert logits is not None
+    log_p = torch.log_softmax(logits[:, :-1], -1)
+    return log_p.gather(2, rows[:, 1:, None]).squeeze(2) / -LN_2
+
+
+def repeated(state: LanguageModelState, count: int) -> LanguageModelState:
+    """One row's state for `count` rows."""
+    tensors = {name: torch.cat([tensor] * count) for name, tensor in state.tensors().items()}
+    return LanguageModelState.from_tensors(tensors)
+
+
+@torch.no_grad()
+def answer_bits(
+    model: LanguageModel,
+    state: LanguageModelState | None,
+    prompts: Sequence[bytes],
+    answers: Sequence[bytes],
+) -> Tensor:
+    """Bits of each answer after each prompt [prompts, answers]; answers are equally long."""
+    candidates = torch.cat([to_tokens(answer) for answer in answers])
+    out = []
+    for prompt in prompts:
+        logits, after = model(to_tokens(prompt), state, last_logits_only=True)
+        first = torch.log_softmax(logits[0, -1], 0)[candidates[:, 0]] / -LN_2
+        rest = row_bits(model, repeated(after, len(answers)), candidates)
+        out.append(first + rest.sum(1))
+    return torch.stack(out)
+
+
+@torch.no_grad()
+def text_bits(model: LanguageModel, state: LanguageModelState | None, text: bytes) -> float:
+    """Bits per byte of a text; its first byte is given."""
+    total = 0.0
+    tokens = to_tokens(text)
+    for begin in range(0, tokens.shape[1] - 1, PIECE):
+        piece = tokens[:, begin : begin + PIECE + 1]
+        total += float(row_bits(model, state, piece).sum())
+        state = model(piece[:, :-1], state, logits=False).state
+    return total / (tokens.shape[1] - 1)
+
+
+# ---- learners that carry a state
+
+
+class Frozen:
+    """Learns nothing: each question meets the model as it was trained."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+
+    def learn(self, text: bytes) -> None:
+        """Nothing."""
+
+    def answer_bits(self, prompts: Sequence[bytes], answers: Sequence[bytes]) -> Tensor:
+        return answer_bits(self.model, None, prompts, answers)
+
+    def text_bits(self, text: bytes) -> float:
+        return text_bits(self.model, None, text)
+
+
+class Carried(Frozen):
+    """Carries the state: attention window and fast weights. `window_only` empties the latter."""
+
+    def __init__(self, model: LanguageModel, window_only: bool = False) -> None:
+        super().__init__(copy.deepcopy(model))
+        self.model.enable_memory(not window_only)
+        self.state = self.model.initial_state(1)
+
+    @torch.no_grad()
+    def learn(self, text: bytes) -> None:
+        for piece in torch.split(to_tokens(text), PIECE, 1):
+            self.state = self.model(piece, self.state, logits=False).state
+
+    def answer_bits(self, prompts: Sequence[bytes], answers: Sequence[bytes]) -> Tensor:
+        return answer_bits(self.model, self.state, prompts, answers)
+
+    def text_bits(self, text: bytes) -> float:
+        return text_bits(self.model, self.state, text)
+
+
+# ---- learners that take gradient steps
+
+
+class Gradient(Frozen):
+    """Fine-tunes all weights on each text, `steps` times; the text is one row."""
+
+    def __init__(
+        self, model: LanguageModel, make_optimizer: Callable[..., torch.optim.Optimizer], steps: int
+    ) -> None:
+        super().__init__(copy.deepcopy(model).requires_grad_())
+        self.steps = steps
+        self.optimizer = make_optimizer(self.trained())
+
+    def trained(self) -> list[nn.Parameter]:
+        """The weights that are trained."""
+        return list(self.model.parameters())
+
+    def loss(self, text: bytes) -> Tensor:
+        return row_bits(self.model, None, to_tokens(text)).mean()
+
+    def penalty(self) -> Tensor:
+        """Added to the loss."""
+        return torch.zeros(())
+
+    def texts_of_step(self, text: bytes) -> list[bytes]:
+        """What one step learns from."""
+        return [text]
+
+    def learn(self, text: bytes) -> None:
+        for _ in range(self.steps):
+            self.optimizer.zero_grad(set_to_none=True)
+            texts = self.texts_of_step(text)
+            for each in texts:
+                torch.autograd.backward(self.loss(each) / len(texts))
+            penalty = self.penalty()
+            if penalty.requires_grad:
+                torch.autograd.backward(penalty)
+            nn.utils.clip_grad_norm_(self.trained(), 1.0)
+            self.optimizer.step()
+
+
+class Replay(Gradient):
+    """Fine-tuning in which every step also learns from one earlier text, drawn at random."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        make_optimizer: Callable[..., torch.optim.Optimizer],
+        steps: int,
+        seed: int,
+    ) -> None:
+        super().__init__(model, make_optimizer, steps)
+        self.draw = random.Random(seed)
+        self.earlier: list[bytes] = []
+
+    def texts_of_step(self, text: bytes) -> list[bytes]:
+        return [text, *([self.draw.choice(self.earlier)] if self.earlier else [])]
+
+    def learn(self, text: bytes) -> None:
+        super().learn(text)
+        self.earlier.append(text)
+
+
+class ElasticWeights(Gradient):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017): weights that mattered are held.
+
+    The importance of a weight is its mean squared gradient, on base text at first and on each text
+    after it was learned; importances add up, and the anchor moves along.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        make_optimizer: Callable[..., torch.optim.Optimizer],
+        steps: int,
+        base: bytes,
+        strength: float,
+    ) -> None:
+        super().__init__(model, make_optimizer, steps)
+        self.strength = strength
+        self.importance = [torch.zeros_like(weight) for weight in self.trained()]
+        self.remember(base)
+
+    def remember(self, text: bytes) -> None:
+        tokens = [text[i : i + PIECE] for i in range(0, len(text) - 1, PIECE)]
+        for piece in tokens:
+            self.model.zero_grad(set_to_none=True)
+            # The Fisher information is that of a token's log-likelihood in nats.
+            torch.autograd.backward(self.loss(piece) * LN_2 * len(piece) ** 0.5)
+            for importance, weight in zip(self.importance, self.trained(), strict=True):
+                if weight.grad is not None:
+                    importance += weight.grad.square() / len(tokens)
+        self.anchor = [weight.detach().clone() for weight in self.trained()]
+
+    def penalty(self) -> Tensor:
+        terms = zip(self.importance, self.trained(), self.anchor, strict=True)
+        sums = [(f * (weight - anchor).square()).sum() for f, weight, anchor in terms]
+        return self.strength / 2 * torch.stack(sums).sum()
+
+    def learn(self, text: bytes) -> None:
+        super().learn(text)
+        self.remember(text)
+
+
+class LowRank(nn.Module):
+    """W + B A, W fixed (LoRA, Hu et al. 2021)."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.a = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
+        self.b = nn.Parameter(torch.zeros(rows, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a
+
+
+class LoRA(Gradient):
+    """Fine-tunes a change of low rank of every projection."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        make_optimizer: Callable[..., torch.optim.Optimizer],
+        steps: int,
+        rank: int = 8,
+    ) -> None:
+        self.rank = rank
+        super().__init__(model, make_optimizer, steps)
+
+    def trained(self) -> list[nn.Parameter]:
+        parametrize = nn.utils.parametrize
+        if not any(parametrize.is_parametrized(module) for module in self.model.modules()):
+            self.model.requires_grad_(False)
+            for module in list(self.model.modules()):
+                if isinstance(module, nn.Linear):
+                    low_rank = LowRank(module.weight, self.rank)
+                    parametrize.register_parametrization(module, "weight", low_rank)
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+
+class RandomSteps(Frozen):
+    """A control: moves the weights at random, as far as another learner moved them."""
+
+    def __init__(self, model: LanguageModel, like: Gradient, seed: int) -> None:
+        super().__init__(copy.deepcopy(model))
+        self.like = like
+        self.before = [weight.detach().clone() for weight in like.model.parameters()]
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def learn(self, text: bytes) -> None:
+        """The other learner has learned this text already."""
+        for index, weight in enumerate(self.like.model.parameters()):
+            distance = (weight - self.before[index]).norm()
+            step = torch.randn(weight.shape, generator=self.generator)
+            self.model_weights[index].add_(step, alpha=float(distance / step.norm()))
+            self.before[index] = weight.detach().clone()
+
+    @property
+    def model_weights(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+
+def load_reader(folder: Path, fast_head: bool = False) -> LanguageModel:
+    """The model, in evaluation mode."""
+    model = fastweights.load_model(folder, fast_head=fast_head)
+    return model.eval().requires_grad_(False)
