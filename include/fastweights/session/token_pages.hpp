@@ -1,0 +1,58 @@
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "fastweights/session/shared_pages.hpp"
+
+namespace fastweights {
+
+/// A text of token ids that copies share, at as few bytes per token as its vocabulary allows.
+class TokenPages {
+ public:
+  /// An empty text of tokens in [0, vocabulary_size), in pages of `page_size` tokens.
+  TokenPages(std::int64_t vocabulary_size, std::int64_t page_size)
+      : token_bytes_(bytes_for(vocabulary_size)),
+        page_size_(page_size),
+        pages_(page_size * token_bytes_) {}
+
+  std::int64_t token_bytes() const { return token_bytes_; }
+  std::int64_t size() const { return pages_.size() / token_bytes_; }
+  /// The oldest token that is still there.
+  std::int64_t begin() const { return pages_.first_page() * page_size_; }
+  std::int64_t end_page() const { return pages_.end_page(); }
+  std::int64_t bytes() const { return pages_.bytes(); }
+
+  std::int64_t operator[](std::int64_t index) const {
+    const std::uint8_t* at = pages_.page(index / page_size_) + index % page_size_ * token_bytes_;
+    std::int64_t token = at[0];
+    for (std::int64_t i = 1; i < token_bytes_; ++i) token |= std::int64_t{at[i]} << (8 * i);
+    return token;
+  }
+
+  void push_back(std::int64_t token) {
+    const std::int64_t index = size();
+    resize(index + 1);
+    std::uint8_t* at = pages_.edit_page(index / page_size_) + index % page_size_ * token_bytes_;
+    for (std::int64_t i = 0; i < token_bytes_; ++i) {
+      at[i] = static_cast<std::uint8_t>(token >> (8 * i));
+    }
+  }
+
+  void resize(std::int64_t size) { pages_.resize(size * token_bytes_); }
+  void drop_before(std::int64_t page) { pages_.drop_before(page); }
+  void start_at(std::int64_t page) { pages_.start_at(page); }
+
+ private:
+  static std::int64_t bytes_for(std::int64_t vocabulary_size) {
+    const int bits = std::bit_width(static_cast<std::uint64_t>(vocabulary_size - 1));
+    return std::max<std::int64_t>(1, (bits + 7) / 8);
+  }
+
+  std::int64_t token_bytes_;
+  std::int64_t page_size_;
+  SharedPages<std::uint8_t> pages_;
+};
+
+}  // namespace fastweights

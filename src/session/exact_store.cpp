@@ -1,0 +1,518 @@
+#include "fastweights/session/exact_store.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <utility>
+
+#include "fastweights/core/error.hpp"
+#include "key_search.hpp"
+
+namespace fastweights {
+namespace {
+
+// ---- buckets -----------------------------------------------------------------------------------
+
+/// The least match lengths of the buckets; bucket 0 has no match.
+constexpr std::array<std::int64_t, 10> kLengths = {1, 8, 10, 12, 16, 20, 24, 32, 48, 64};
+/// What a match of these lengths weighs at first, where the model weighs 1.
+constexpr std::array<double, 11> kFirstMatchWeight = {.5, .3, .4, .6, 1, 2, 4, 8, 16, 32, 64};
+constexpr double kFirstNeighbourWeight = 0.3;
+/// The least probabilities that the model gives to what the match says.
+constexpr std::array<double, 4> kAgreements = {0.0, 0.03, 0.2, 0.6};
+/// The least cosines; bucket 0 has no neighbours or none so near.
+constexpr std::array<double, 7> kSimilarities = {0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98};
+
+constexpr std::size_t kLengthBuckets = kLengths.size() + 1;
+constexpr std::size_t kAgreementBuckets = kAgreements.size() + 1;
+constexpr std::size_t kSimilarityBuckets = kSimilarities.size() + 1;
+constexpr std::size_t kBuckets = kLengthBuckets * kAgreementBuckets * kSimilarityBuckets;
+
+/// How many of the limits are at most `value`.
+template <class T, std::size_t kCount>
+std::size_t rank(const std::array<T, kCount>& limits, T value) {
+  return static_cast<std::size_t>(std::upper_bound(limits.begin(), limits.end(), value) -
+                                  limits.begin());
+}
+
+std::vector<Mixture::Bucket> first_buckets() {
+  std::vector<Mixture::Bucket> buckets;
+  for (std::size_t i = 0; i < kBuckets; ++i) {
+    const double match = kFirstMatchWeight[i / (kAgreementBuckets * kSimilarityBuckets)];
+    const double sum = 1.0 + kFirstNeighbourWeight + match;
+    buckets.push_back(
+        {{static_cast<float>(1.0 / sum), static_cast<float>(kFirstNeighbourWeight / sum),
+          static_cast<float>(match / sum)},
+         0.0f});
+  }
+  return buckets;
+}
+
+// ---- votes -------------------------------------------------------------------------------------
+
+/// Of each token once, in the order of the tokens, with the sum 1.
+std::vector<Vote> gathered(std::vector<Vote> votes) {
+  std::stable_sort(votes.begin(), votes.end(),
+                   [](const Vote& a, const Vote& b) { return a.token < b.token; });
+  std::vector<Vote> out;
+  double sum = 0.0;
+  for (const Vote& vote : votes) {
+    sum += vote.probability;
+    if (out.empty() || out.back().token != vote.token) {
+      out.push_back(vote);
+    } else {
+      out.back().probability += vote.probability;
+    }
+  }
+  for (Vote& vote : out) vote.probability /= sum;
+  return out;
+}
+
+double probability_of(std::span<const Vote> votes, std::int64_t token) {
+  const auto found = std::lower_bound(votes.begin(), votes.end(), token,
+                                      [](const Vote& v, std::int64_t t) { return v.token < t; });
+  return found != votes.end() && found->token == token ? found->probability : 0.0;
+}
+
+double model_probability(std::span<const float> logits, float log_sum, std::int64_t token) {
+  return std::exp(static_cast<double>(logits[static_cast<std::size_t>(token)]) -
+                  static_cast<double>(log_sum));
+}
+
+std::array<bool, Mixture::kExperts> present(const Recall& recall) {
+  return {true, !recall.neighbours.empty(), !recall.match.empty()};
+}
+
+// ---- the stored form ---------------------------------------------------------------------------
+
+constexpr std::size_t kOptionFields = 7;
+
+template <class T>
+StoredTensor stored(const char* name, io::ScalarType type, std::vector<std::int64_t> shape,
+                    std::span<const T> values) {
+  StoredTensor tensor{name, type, std::move(shape), std::vector<std::byte>(values.size_bytes())};
+  if (!values.empty()) std::memcpy(tensor.bytes.data(), values.data(), values.size_bytes());
+  return tensor;
+}
+
+[[noreturn]] void refuse(const std::string& what) { throw FileError("exact store: " + what); }
+
+/// A tensor of that name, type and number of columns, as a list of its elements.
+template <class T>
+std::vector<T> taken(std::span<const io::TensorData> tensors, const std::string& name,
+                     io::ScalarType type, std::int64_t columns) {
+  const auto found = std::ranges::find(tensors, name, &io::TensorData::name);
+  const bool fits = found != tensors.end() && found->type == type && found->shape.size() == 2 &&
+                    found->shape[0] >= 0 && found->shape[1] == columns &&
+                    found->bytes.size() == io::byte_count(type, found->shape);
+  if (!fits) {
+    refuse("tensor " + name + " must be there as " + std::string(io::scalar_type_name(type)) +
+           " [N, " + std::to_string(columns) + "] with the bytes of its shape");
+  }
+  std::vector<T> values(found->bytes.size() / sizeof(T));
+  if (!values.empty()) std::memcpy(values.data(), found->bytes.data(), found->bytes.size());
+  return values;
+}
+
+/// The same with so many rows.
+template <class T>
+std::vector<T> taken_rows(std::span<const io::TensorData> tensors, const std::string& name,
+                          io::ScalarType type, std::size_t rows, std::int64_t columns) {
+  std::vector<T> values = taken<T>(tensors, name, type, columns);
+  const std::size_t size = rows * static_cast<std::size_t>(columns);
+  if (values.size() != size) {
+    refuse("tensor " + name + " must have " + std::to_string(rows) + " rows, got " +
+           std::to_string(values.size() / static_cast<std::size_t>(columns)));
+  }
+  return values;
+}
+
+std::int64_t bytes_per_token(std::int64_t vocabulary_size) {
+  return TokenPages(vocabulary_size, 1).token_bytes();
+}
+
+std::vector<std::int64_t> unpacked(std::span<const std::uint8_t> packed, std::int64_t width) {
+  std::vector<std::int64_t> tokens(packed.size() / static_cast<std::size_t>(width));
+  for (std::size_t i = 0; i < packed.size(); ++i) {
+    const std::size_t at = i / static_cast<std::size_t>(width);
+    tokens[at] |= std::int64_t{packed[i]} << (8 * (i % static_cast<std::size_t>(width)));
+  }
+  return tokens;
+}
+
+void pack(std::int64_t token, std::int64_t width, std::vector<std::uint8_t>& out) {
+  for (std::int64_t i = 0; i < width; ++i) out.push_back(static_cast<std::uint8_t>(token >> 8 * i));
+}
+
+}  // namespace
+
+ExactStore::ExactStore(std::int64_t hidden_size, std::int64_t vocabulary_size,
+                       const ExactStoreOptions& options)
+    : options_(options),
+      vocabulary_size_(vocabulary_size),
+      match_(vocabulary_size, options.match),
+      neighbours_(hidden_size, vocabulary_size, options.neighbours),
+      mixture_(first_buckets(), {.rate = options.rate}) {
+  if (!(options.temperature > 0.0) || !std::isfinite(options.temperature)) {
+    throw Error("exact_store: temperature must be positive and finite, got " +
+                std::to_string(options.temperature));
+  }
+  if (!(options.rate > 0.0 && options.rate <= 1.0)) {
+    throw Error("exact_store: rate must be in (0, 1], got " + std::to_string(options.rate));
+  }
+}
+
+// ---- recalling ---------------------------------------------------------------------------------
+
+/// A match counts e^½ times more for each token, up to 32.
+void ExactStore::add_matches(Recall& recall) const {
+  std::vector<Vote> votes;
+  for (const TextMatch& match : match_.matches()) {
+    const auto length = static_cast<double>(std::min<std::int64_t>(match.length, 32));
+    votes.push_back({match_.token(match.position), std::exp(0.5 * (length - 32.0))});
+    recall.match_length = std::max(recall.match_length, match.length);
+  }
+  recall.match = gathered(std::move(votes));
+}
+
+void ExactStore::add_neighbours(Recall& recall, std::span<const Neighbour> found) const {
+  if (found.empty()) return;
+  const auto cosine = [](const Neighbour& neighbour) {
+    return static_cast<double>(neighbour.product) / NearestNeighbours::kScale;
+  };
+  recall.similarity = cosine(found.front());
+  std::vector<Vote> votes;
+  for (const Neighbour& neighbour : found) {
+    const double distance = cosine(neighbour) - recall.similarity;
+    votes.push_back(
+        {neighbours_.token(neighbour.entry), std::exp(distance / options_.temperature)});
+  }
+  recall.neighbours = gathered(std::move(votes));
+}
+
+Recall ExactStore::recall(std::span<const float> hidden, const core::Executor& executor) const {
+  if (std::ssize(hidden) != hidden_size()) {
+    throw ShapeError("exact_store: hidden must have " + std::to_string(hidden_size()) +
+                     " numbers, got " + std::to_string(hidden.size()));
+  }
+  Recall recall;
+  add_matches(recall);
+  if (options_.neighbours.bytes == 0) return recall;
+  NeighbourKeys keys = neighbours_.make_keys(hidden, executor);
+  if (keys.usable[0] == 0) return recall;
+  const std::array<std::int64_t, 1> ends = {neighbours_.size()};
+  add_neighbours(recall, neighbours_.find(keys.numbers, ends, executor)[0]);
+  recall.key = std::move(keys.numbers);
+  return recall;
+}
+
+// ---- mixing ------------------------------------------------------------------------------------
+
+std::size_t ExactStore::bucket(const Recall& recall, std::span<const float> logits,
+                               float log_sum) const {
+  std::size_t agreement = 0;
+  if (!recall.match.empty()) {
+    const auto best = std::max_element(
+        recall.match.begin(), recall.match.end(),
+        [](const Vote& a, const Vote& b) { return a.probability < b.probability; });
+    agreement = rank(kAgreements, model_probability(logits, log_sum, best->token));
+  }
+  const std::size_t length = rank(kLengths, recall.match_length);
+  const std::size_t similarity = rank(kSimilarities, recall.similarity);
+  return (length * kAgreementBuckets + agreement) * kSimilarityBuckets + similarity;
+}
+
+void ExactStore::mix(const Recall& recall, std::span<const float> logits, float log_sum,
+                     std::span<float> out) const {
+  const auto weights = mixture_.weights(bucket(recall, logits, log_sum), present(recall));
+  const auto shift = static_cast<float>(std::log(weights[0])) - log_sum;
+  detail::add_to_all(logits.data(), shift, vocabulary_size_, out.data());
+  const auto speak = [&](const Vote& vote) {
+    const double p = weights[0] * model_probability(logits, log_sum, vote.token) +
+                     weights[1] * probability_of(recall.neighbours, vote.token) +
+                     weights[2] * probability_of(recall.match, vote.token);
+    out[static_cast<std::size_t>(vote.token)] = static_cast<float>(std::log(p));
+  };
+  std::for_each(recall.neighbours.begin(), recall.neighbours.end(), speak);
+  std::for_each(recall.match.begin(), recall.match.end(), speak);
+}
+
+void ExactStore::mix(const Recall& recall, std::span<const float> logits,
+                     std::span<float> out) const {
+  if (std::ssize(logits) != vocabulary_size_ || std::ssize(out) != vocabulary_size_) {
+    throw ShapeError("exact_store: logits and out must have " + std::to_string(vocabulary_size_) +
+                     " numbers, got " + std::to_string(logits.size()) + " and " +
+                     std::to_string(out.size()));
+  }
+  mix(recall, logits, detail::log_sum_exp(logits.data(), vocabulary_size_), out);
+}
+
+void ExactStore::learn(std::int64_t token, const Recall& recall, std::span<const float> logits,
+                       float log_sum) {
+  if (recall.match.empty() && recall.neighbours.empty()) return;
+  mixture_.learn(bucket(recall, logits, log_sum), present(recall),
+                 {model_probability(logits, log_sum, token),
+                  probability_of(recall.neighbours, token), probability_of(recall.match, token)});
+}
+
+// ---- appending ---------------------------------------------------------------------------------
+
+void ExactStore::check_token(std::int64_t token, float strength) const {
+  if (token < 0 || token >= vocabulary_size_) {
+    throw Error("exact_store: a token must be in [0, " + std::to_string(vocabulary_size_) +
+                "), got " + std::to_string(token));
+  }
+  if (!(strength >= 0.0f)) {
+    throw Error("exact_store: a strength must be at least 0, got " + std::to_string(strength));
+  }
+}
+
+void ExactStore::append(std::int64_t token, const Recall& recall, std::span<const float> logits,
+                        float strength) {
+  check_token(token, strength);
+  if (std::ssize(logits) != vocabulary_size_) {
+    throw ShapeError("exact_store: logits must have " + std::to_string(vocabulary_size_) +
+                     " numbers, got " + std::to_string(logits.size()));
+  }
+  const bool kept = strength > 0.0f;
+  if (kept) learn(token, recall, logits, detail::log_sum_exp(logits.data(), vocabulary_size_));
+  if (options_.match.bytes > 0) match_.append(token, kept);
+  if (kept && !recall.key.empty()) {
+    neighbours_.append(recall.key, token);
+    neighbours_.drop_old();
+  }
+  ++size_;
+}
+
+void ExactStore::check_batch(const Batch& batch, std::span<const float> out) const {
+  const std::size_t tokens = batch.tokens.size();
+  const auto check = [&](const char* name, std::size_t got, std::size_t expected, bool optional) {
+    if (got == expected || (optional && got == 0)) return;
+    throw ShapeError("exact_store: " + std::string(name) + " must have " +
+                     std::to_string(expected) + " numbers for " + std::to_string(tokens) +
+                     " tokens, got " + std::to_string(got));
+  };
+  const auto vocabulary = static_cast<std::size_t>(vocabulary_size_);
+  check("hidden", batch.hidden.size(), tokens * static_cast<std::size_t>(hidden_size()), false);
+  check("logits", batch.logits.size(), tokens * vocabulary, false);
+  check("strengths", batch.strengths.size(), tokens, true);
+  check("out", out.size(), tokens * vocabulary, true);
+  for (std::size_t t = 0; t < tokens; ++t) {
+    check_token(batch.tokens[t], batch.strengths.empty() ? 1.0f : batch.strengths[t]);
+  }
+}
+
+void ExactStore::read(const Batch& batch, std::span<float> out, const core::Executor& executor) {
+  constexpr std::size_t kPart = 1024;
+  check_batch(batch, out);
+  const auto hidden = static_cast<std::size_t>(hidden_size());
+  const auto vocabulary = static_cast<std::size_t>(vocabulary_size_);
+  for (std::size_t t = 0; t < batch.tokens.size(); t += kPart) {
+    const std::size_t count = std::min(kPart, batch.tokens.size() - t);
+    const auto rows = [&](auto span, std::size_t size) {
+      return span.empty() ? span : span.subspan(t * size, count * size);
+    };
+    read_part({rows(batch.tokens, 1), rows(batch.hidden, hidden), rows(batch.logits, vocabulary),
+               rows(batch.strengths, 1)},
+              rows(out, vocabulary), executor);
+  }
+}
+
+/// What a token needs of the others is found first, for all at once; what is left goes in order.
+void ExactStore::read_part(const Batch& batch, std::span<float> out,
+                           const core::Executor& executor) {
+  const std::size_t count = batch.tokens.size();
+  const auto vocabulary = static_cast<std::size_t>(vocabulary_size_);
+  const auto kept = [&](std::size_t t) {
+    return batch.strengths.empty() || batch.strengths[t] > 0.0f;
+  };
+  NeighbourKeys keys;
+  std::vector<std::vector<Neighbour>> found(count);
+  if (options_.neighbours.bytes > 0) {
+    keys = neighbours_.make_keys(batch.hidden, executor);
+    std::vector<std::int64_t> ends(count);
+    for (std::size_t t = 0; t < count; ++t) {
+      ends[t] = neighbours_.size();
+      if (keys.usable[t] != 0 && kept(t)) {
+        neighbours_.append(keys.key(static_cast<std::int64_t>(t)), batch.tokens[t]);
+      }
+    }
+    found = neighbours_.find(keys.numbers, ends, executor);
+  }
+  std::vector<float> log_sums(count);
+  constexpr std::size_t kRows = 64;
+  executor.run(static_cast<std::int64_t>((count + kRows - 1) / kRows), [&](std::int64_t task) {
+    const auto first = static_cast<std::size_t>(task) * kRows;
+    for (std::size_t t = first; t < std::min(count, first + kRows); ++t) {
+      log_sums[t] = detail::log_sum_exp(batch.logits.data() + t * vocabulary, vocabulary_size_);
+    }
+  });
+  for (std::size_t t = 0; t < count; ++t) {
+    const auto logits = batch.logits.subspan(t * vocabulary, vocabulary);
+    Recall recall;
+    add_matches(recall);
+    if (!keys.usable.empty() && keys.usable[t] != 0) add_neighbours(recall, found[t]);
+    if (!out.empty()) mix(recall, logits, log_sums[t], out.subspan(t * vocabulary, vocabulary));
+    if (kept(t)) learn(batch.tokens[t], recall, logits, log_sums[t]);
+    if (options_.match.bytes > 0) match_.append(batch.tokens[t], kept(t));
+  }
+  neighbours_.drop_old();
+  size_ += static_cast<std::int64_t>(count);
+}
+
+// ---- going back --------------------------------------------------------------------------------
+
+ExactStore::Checkpoint ExactStore::checkpoint() const {
+  const auto matches = match_.matches();
+  return {
+      size_,   match_.size(), match_.begin(), {matches.begin(), matches.end()}, neighbours_.size(),
+      mixture_};
+}
+
+void ExactStore::rollback(const Checkpoint& checkpoint) {
+  LongestMatch match = match_;
+  match.truncate(checkpoint.text, checkpoint.text_begin, checkpoint.matches);
+  neighbours_.truncate(checkpoint.entries);
+  match_ = std::move(match);
+  mixture_ = checkpoint.mixture;
+  size_ = checkpoint.size;
+}
+
+// ---- the stored form ---------------------------------------------------------------------------
+
+std::vector<StoredTensor> ExactStore::tensors() const {
+  static_assert(std::endian::native == std::endian::little);
+  const std::int64_t width = bytes_per_token(vocabulary_size_);
+  const std::array<std::int64_t, kOptionFields> options = {
+      options_.match.shortest,   options_.match.longest,
+      options_.match.candidates, options_.match.bytes,
+      options_.neighbours.count, static_cast<std::int64_t>(options_.neighbours.seed),
+      options_.neighbours.bytes};
+  const std::array<double, 2> numbers = {options_.temperature, options_.rate};
+  const std::array<std::int64_t, 5> sizes = {hidden_size(), vocabulary_size_, size_, match_.begin(),
+                                             neighbours_.begin()};
+  std::vector<std::uint8_t> text;
+  for (std::int64_t t = match_.begin(); t < match_.size(); ++t) pack(match_.token(t), width, text);
+  std::vector<std::int64_t> skipped;
+  for (const auto& [begin, end] : match_.skipped()) skipped.insert(skipped.end(), {begin, end});
+  std::vector<std::int64_t> matches;
+  for (const TextMatch& match : match_.matches()) {
+    matches.insert(matches.end(), {match.position, match.length});
+  }
+  std::vector<std::int8_t> keys;
+  std::vector<std::uint8_t> values;
+  for (std::int64_t entry = neighbours_.begin(); entry < neighbours_.size(); ++entry) {
+    const std::vector<std::int8_t> key = neighbours_.key(entry);
+    keys.insert(keys.end(), key.begin(), key.end());
+    pack(neighbours_.token(entry), width, values);
+  }
+  std::vector<float> mixture;
+  for (const Mixture::Bucket& bucket : mixture_.buckets()) {
+    mixture.insert(mixture.end(), bucket.weights.begin(), bucket.weights.end());
+    mixture.push_back(bucket.seen);
+  }
+  const auto rows = [](std::size_t size, std::int64_t columns) {
+    return std::vector<std::int64_t>{static_cast<std::int64_t>(size) / columns, columns};
+  };
+  using io::ScalarType;
+  return {
+      stored<std::int64_t>("store.options", ScalarType::I64, {1, kOptionFields}, options),
+      stored<double>("store.temperature", ScalarType::F64, {1, 2}, numbers),
+      stored<std::int64_t>("store.sizes", ScalarType::I64, {1, 5}, sizes),
+      stored<std::uint8_t>("store.text", ScalarType::U8, rows(text.size(), width), text),
+      stored<std::int64_t>("store.skipped", ScalarType::I64, rows(skipped.size(), 2), skipped),
+      stored<std::int64_t>("store.matches", ScalarType::I64, rows(matches.size(), 2), matches),
+      stored<std::int8_t>("store.keys", ScalarType::I8, rows(keys.size(), detail::kKeySize), keys),
+      stored<std::uint8_t>("store.values", ScalarType::U8, rows(values.size(), width), values),
+      stored<float>("store.mixture", ScalarType::F32, rows(mixture.size(), 4), mixture),
+  };
+}
+
+namespace {
+
+using Tensors = std::span<const io::TensorData>;
+
+ExactStoreOptions taken_options(Tensors tensors) {
+  const auto fields =
+      taken_rows<std::int64_t>(tensors, "store.options", io::ScalarType::I64, 1, kOptionFields);
+  const auto numbers = taken_rows<double>(tensors, "store.temperature", io::ScalarType::F64, 1, 2);
+  ExactStoreOptions options;
+  options.match = {fields[0], fields[1], fields[2], fields[3]};
+  options.neighbours = {fields[4], static_cast<std::uint64_t>(fields[5]), fields[6]};
+  options.temperature = numbers[0];
+  options.rate = numbers[1];
+  return options;
+}
+
+void take_match(Tensors tensors, std::int64_t begin, std::int64_t width, LongestMatch& match) {
+  const auto text = taken<std::uint8_t>(tensors, "store.text", io::ScalarType::U8, width);
+  const auto spans = taken<std::int64_t>(tensors, "store.skipped", io::ScalarType::I64, 2);
+  const auto places = taken<std::int64_t>(tensors, "store.matches", io::ScalarType::I64, 2);
+  std::vector<std::pair<std::int64_t, std::int64_t>> skipped;
+  for (std::size_t i = 0; i < spans.size(); i += 2) skipped.emplace_back(spans[i], spans[i + 1]);
+  std::vector<TextMatch> matches;
+  for (std::size_t i = 0; i < places.size(); i += 2) matches.push_back({places[i], places[i + 1]});
+  match.restore(begin, unpacked(text, width), std::move(skipped), matches);
+}
+
+void take_neighbours(Tensors tensors, std::int64_t begin, std::int64_t width,
+                     std::int64_t vocabulary_size, NearestNeighbours& neighbours) {
+  const auto values =
+      unpacked(taken<std::uint8_t>(tensors, "store.values", io::ScalarType::U8, width), width);
+  const auto keys = taken_rows<std::int8_t>(tensors, "store.keys", io::ScalarType::I8,
+                                            values.size(), detail::kKeySize);
+  if (std::ranges::find(keys, std::numeric_limits<std::int8_t>::min()) != keys.end()) {
+    refuse("a number of a key must be at least -127");
+  }
+  neighbours.start_at(begin);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (values[i] >= vocabulary_size) refuse("a value is no token of the vocabulary");
+    neighbours.append(std::span(keys).subspan(i * detail::kKeySize, detail::kKeySize), values[i]);
+  }
+  neighbours.drop_old();
+}
+
+std::vector<Mixture::Bucket> taken_mixture(Tensors tensors) {
+  const auto numbers = taken<float>(tensors, "store.mixture", io::ScalarType::F32, 4);
+  std::vector<Mixture::Bucket> buckets;
+  for (std::size_t i = 0; i < numbers.size(); i += 4) {
+    buckets.push_back({{numbers[i], numbers[i + 1], numbers[i + 2]}, numbers[i + 3]});
+  }
+  return buckets;
+}
+
+}  // namespace
+
+ExactStore ExactStore::from_tensors(std::int64_t hidden_size, std::int64_t vocabulary_size,
+                                    std::span<const io::TensorData> tensors) {
+  const auto sizes = taken_rows<std::int64_t>(tensors, "store.sizes", io::ScalarType::I64, 1, 5);
+  if (sizes[0] != hidden_size || sizes[1] != vocabulary_size) {
+    throw StateMismatch("exact store: its hidden states and vocabulary have the sizes " +
+                        std::to_string(sizes[0]) + " and " + std::to_string(sizes[1]) +
+                        ", the model's " + std::to_string(hidden_size) + " and " +
+                        std::to_string(vocabulary_size));
+  }
+  try {
+    ExactStore store(hidden_size, vocabulary_size, taken_options(tensors));
+    const std::int64_t width = bytes_per_token(vocabulary_size);
+    take_match(tensors, sizes[3], width, store.match_);
+    take_neighbours(tensors, sizes[4], width, vocabulary_size, store.neighbours_);
+    store.mixture_.restore(taken_mixture(tensors));
+    const bool whole = store.options_.match.bytes == 0 ? store.match_.size() == 0
+                                                       : store.match_.size() == sizes[2];
+    if (!whole || sizes[2] < 0 || store.neighbours_.size() > sizes[2]) {
+      refuse("its parts do not belong to " + std::to_string(sizes[2]) + " tokens");
+    }
+    store.size_ = sizes[2];
+    return store;
+  } catch (const FileError&) {
+    throw;
+  } catch (const Error& error) {
+    refuse(error.what());
+  }
+}
+
+}  // namespace fastweights
