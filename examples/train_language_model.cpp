@@ -49,7 +49,8 @@ int main(int argc, char** argv) {
     training::Trainer trainer(training::parse_options(argc, argv));
     catch_signals();
     const auto outcome = trainer.run([] { return stop_signal != 0; });
-    return outcome == training::Outcome::kFinished ? EXIT_SUCCESS : 128 + stop_signal;
+    const bool interrupted = outcome != training::Outcome::kFinished && stop_signal != 0;
+    return interrupted ? 128 + stop_signal : EXIT_SUCCESS;
   } catch (const std::exception& error) {
     // LibTorch's errors go on with a stack trace: the first line says it.
     const std::string_view message = error.what();

@@ -109,6 +109,9 @@ void add_run_options(CLI::App& app, Options& options) {
          "--seconds", options.seconds,
          "Wall time; the learning rate follows whichever of --steps and --seconds ends first")
       ->check(CLI::NonNegativeNumber);
+  app.add_option("--stop-after", options.stop_after,
+                 "Updates, after which a checkpoint is left as on Ctrl-C; 0: none")
+      ->check(CLI::NonNegativeNumber);
   app.add_flag("--bf16", options.bf16, "Matrix products in bf16 (autocast); weights stay fp32");
   app.add_option("--threads", options.threads, "Workers; each takes its share of the batch")
       ->check(CLI::Range(1, 1024));

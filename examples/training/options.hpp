@@ -28,8 +28,9 @@ struct Options {
   int64_t accumulation = 1;  ///< turns in which a worker takes its rows
   double reset_probability = 0.02;
   double repeat_probability = 0.0;
-  int64_t steps = 0;     ///< 0: no limit
-  double seconds = 0.0;  ///< 0: no limit
+  int64_t steps = 0;       ///< 0: no limit
+  double seconds = 0.0;    ///< 0: no limit
+  int64_t stop_after = 0;  ///< steps of this run, of which there may be several; 0: no limit
   Schedule schedule;
   AdamWOptions optimizer;
   bool bf16 = false;

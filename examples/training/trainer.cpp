@@ -155,10 +155,14 @@ double Trainer::progress() const {
 Outcome Trainer::run(const std::function<bool()>& stop) {
   start_ = last_checkpoint_ = Clock::now();
   progress_at_start_ = progress();
+  const int64_t first_step = counters_.step;
+  const auto used_up = [&] {
+    return options_.stop_after > 0 && counters_.step - first_step >= options_.stop_after;
+  };
   line_.note(fmt::format("{} parameters; {:.2f} MB in {} works, {} held out; {} threads",
                          model_->parameter_count(), total_bytes(texts_) / 1e6, texts_.size(),
                          held_out_.size(), options_.threads));
-  while (progress() < 1.0 && !stop()) {
+  while (progress() < 1.0 && !used_up() && !stop()) {
     train_step();
     const bool due = options_.evaluate_every > 0 && counters_.step % options_.evaluate_every == 0;
     if (due) evaluate(stop);

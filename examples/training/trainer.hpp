@@ -35,8 +35,9 @@ class Trainer {
   explicit Trainer(Options options);
 
   /// Trains to the end of the budget, evaluates, writes the model folder. `stop` is asked between
-  /// steps; where it says yes a checkpoint is left. Throws `fastweights::Error` where the loss is
-  /// not finite (the last checkpoint is kept) or a file cannot be written.
+  /// steps; where it says yes, and after `stop_after` steps, a checkpoint is left. Throws
+  /// `fastweights::Error` where the loss is not finite (the last checkpoint is kept) or a file
+  /// cannot be written.
   Outcome run(const std::function<bool()>& stop);
 
  private:

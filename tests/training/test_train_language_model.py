@@ -77,18 +77,44 @@ class TrainLanguageModel(unittest.TestCase):
                 time.sleep(0.005)
             return process.wait(timeout=120)
 
+    def checkpoint_tensors(self, output: str) -> bytes:
+        """What lies behind the header, which holds the time that was used."""
+        data = (self.folder / output / "checkpoint.safetensors").read_bytes()
+        return data[8 + int.from_bytes(data[:8], "little") :]
+
+    def check_interrupted_run(self, threads: int) -> None:
+        """Two signals, wherever they come, leave no trace in the steps and the checkpoint."""
+        endless = {"threads": threads, "steps": 10**9}
+        parts = self.command("parts", "--set", "memory_dropout=0.2", **endless)
+        code = self.interrupt(parts, "parts", 7, signal.SIGINT)
+        assert code == 128 + signal.SIGINT
+        taken = len(self.records("parts", "train"))
+        code = self.interrupt([*parts, "--resume"], "parts", taken + 9, signal.SIGTERM)
+        assert code == 128 + signal.SIGTERM
+        resumed = self.run_program([*parts, "--resume", "--stop-after", "5"])
+        assert resumed.returncode == 0, resumed.stderr
+
+        steps = self.records("parts", "train")
+        assert len(steps) >= taken + 9 + 5
+        whole = self.command("whole", "--set", "memory_dropout=0.2", **endless)
+        unbroken = self.run_program([*whole, "--stop-after", str(len(steps))])
+        assert unbroken.returncode == 0, unbroken.stderr
+        assert steps == self.records("whole", "train")
+        assert self.checkpoint_tensors("parts") == self.checkpoint_tensors("whole")
+
+    def test_interrupted_run_is_exact(self) -> None:
+        self.check_interrupted_run(threads=1)
+
+    def test_interrupted_run_is_exact_with_two_workers(self) -> None:
+        self.check_interrupted_run(threads=2)
+
     def check_resumed_run(self, *options: str, threads: int) -> None:
         whole = self.run_program(self.command("whole", *options, threads=threads))
         assert whole.returncode == 0, whole.stderr
         parts = self.command("parts", *options, threads=threads)
-        code = self.interrupt(parts, "parts", 7, signal.SIGINT)
-        assert code == 128 + signal.SIGINT
-        taken = len(self.records("parts", "train"))
-        assert taken < 60, "the run ended before it was interrupted"
-        code = self.interrupt([*parts, "--resume"], "parts", taken + 9, signal.SIGTERM)
-        assert code == 128 + signal.SIGTERM
-        resumed = self.run_program([*parts, "--resume"])
-        assert resumed.returncode == 0, resumed.stderr
+        for more in (["--stop-after", "8"], ["--resume", "--stop-after", "23"], ["--resume"]):
+            result = self.run_program([*parts, *more])
+            assert result.returncode == 0, result.stderr
 
         expected = self.records("whole", "train")
         assert len(expected) == 60
