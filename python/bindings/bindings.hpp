@@ -14,6 +14,8 @@ void bind_operators(pybind11::module_& module);
 void bind_io(pybind11::module_& module);
 /// `LanguageModel`, the C++ model, and `parse_config`.
 void bind_model(pybind11::module_& module);
+/// `ExactStore`.
+void bind_exact_store(pybind11::module_& module);
 /// `Session`.
 void bind_session(pybind11::module_& module);
 

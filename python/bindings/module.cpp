@@ -9,5 +9,6 @@ PYBIND11_MODULE(_C, module) {
   fastweights::python::bind_operators(module);
   fastweights::python::bind_io(module);
   fastweights::python::bind_model(module);
+  fastweights::python::bind_exact_store(module);
   fastweights::python::bind_session(module);
 }

@@ -4,6 +4,7 @@
 - `fastweights.fla`: the operators by the functions of flash-linear-attention.
 - `fastweights.nn`: layers and the language model as torch.nn.Module.
 - `fastweights.load_model`, `fastweights.save_model`: model folders, the same in C++ and Python.
+- `fastweights.ExactStore`: an exact memory of a text, beside any model.
 - `fastweights.Session`: a running model that learns from what it reads and from what it writes.
 """
 
@@ -19,6 +20,7 @@ if torch.__version__.split(".")[:2] != TORCH_VERSION.split(".")[:2]:
 
 from . import errors, fla, io, nn, ops
 from .errors import Cancelled, Error, FileError, ShapeError, StateMismatch
+from .exact_store import ExactStore
 from .io import load_model, save_model
 from .session import Session
 
@@ -27,6 +29,7 @@ __version__ = VERSION
 __all__ = [
     "Cancelled",
     "Error",
+    "ExactStore",
     "FileError",
     "Session",
     "ShapeError",

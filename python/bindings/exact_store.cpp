@@ -1,0 +1,185 @@
+#include "fastweights/session/exact_store.hpp"
+
+#include <ATen/ATen.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../../src/ops/layer_op.hpp"
+#include "bindings.hpp"
+#include "fastweights/core/error.hpp"
+#include "named_tensors.hpp"
+
+namespace fastweights::python {
+namespace {
+
+namespace py = pybind11;
+
+/// A store that one call uses at a time: calls release the GIL.
+class GuardedStore {
+ public:
+  explicit GuardedStore(ExactStore store) : store_(std::move(store)) {}
+
+  template <class Work>
+  auto use(Work work) {
+    const py::gil_scoped_release no_gil;
+    const std::unique_lock lock(busy_, std::try_to_lock);
+    if (!lock) throw Error("exact_store: another call is using it; one does one thing at a time");
+    return work(store_);
+  }
+
+ private:
+  ExactStore store_;
+  std::mutex busy_;
+};
+
+/// The elements of a tensor of this shape and type, contiguous on the CPU.
+template <class T>
+std::span<const T> elements(const char* name, const at::Tensor& tensor, at::ScalarType type,
+                            at::IntArrayRef shape) {
+  if (tensor.scalar_type() != type || tensor.sizes() != shape || !tensor.device().is_cpu() ||
+      !tensor.is_contiguous()) {
+    throw ShapeError("exact_store: " + std::string(name) + " must be a contiguous CPU tensor, " +
+                     c10::toString(type) + " " + c10::str(shape) + ", got " +
+                     c10::toString(tensor.scalar_type()) + " " + c10::str(tensor.sizes()));
+  }
+  return {tensor.const_data_ptr<T>(), static_cast<std::size_t>(tensor.numel())};
+}
+
+std::span<float> elements(at::Tensor& tensor) {
+  return {tensor.mutable_data_ptr<float>(), static_cast<std::size_t>(tensor.numel())};
+}
+
+std::unique_ptr<GuardedStore> make(std::int64_t hidden_size, std::int64_t vocabulary_size,
+                                   std::int64_t text_bytes, std::int64_t neighbour_bytes,
+                                   std::int64_t shortest, std::int64_t longest,
+                                   std::int64_t candidates, std::int64_t neighbours,
+                                   double temperature, double rate, std::uint64_t seed) {
+  ExactStoreOptions options;
+  options.match = {shortest, longest, candidates, text_bytes};
+  options.neighbours = {neighbours, seed, neighbour_bytes};
+  options.temperature = temperature;
+  options.rate = rate;
+  return std::make_unique<GuardedStore>(ExactStore(hidden_size, vocabulary_size, options));
+}
+
+at::Tensor read(GuardedStore& self, const at::Tensor& tokens, const at::Tensor& hidden,
+                const at::Tensor& logits, const std::optional<at::Tensor>& strengths) {
+  return self.use([&](ExactStore& store) {
+    const std::int64_t count = tokens.dim() == 1 ? tokens.size(0) : -1;
+    const auto vocabulary = store.vocabulary_size();
+    ExactStore::Batch batch{
+        elements<std::int64_t>("tokens", tokens, at::kLong, {std::max<std::int64_t>(count, 0)}),
+        elements<float>("hidden", hidden, at::kFloat, {count, store.hidden_size()}),
+        elements<float>("logits", logits, at::kFloat, {count, vocabulary})};
+    if (strengths) {
+      batch.strengths = elements<float>("strengths", *strengths, at::kFloat, {count});
+    }
+    at::Tensor out = at::empty({count, vocabulary}, at::kFloat);
+    store.read(batch, elements(out), detail::parallel_executor());
+    return out;
+  });
+}
+
+at::Tensor predict(GuardedStore& self, const at::Tensor& hidden, const at::Tensor& logits) {
+  return self.use([&](ExactStore& store) {
+    const auto state = elements<float>("hidden", hidden, at::kFloat, {store.hidden_size()});
+    const auto model = elements<float>("logits", logits, at::kFloat, {store.vocabulary_size()});
+    at::Tensor out = at::empty({store.vocabulary_size()}, at::kFloat);
+    store.mix(store.recall(state, detail::parallel_executor()), model, elements(out));
+    return out;
+  });
+}
+
+at::ScalarType torch_type(io::ScalarType type) {
+  switch (type) {
+    case io::ScalarType::F64: return at::kDouble;
+    case io::ScalarType::F32: return at::kFloat;
+    case io::ScalarType::I64: return at::kLong;
+    case io::ScalarType::I8: return at::kChar;
+    default: return at::kByte;
+  }
+}
+
+std::optional<io::ScalarType> stored_type(at::ScalarType type) {
+  for (const auto stored : {io::ScalarType::F64, io::ScalarType::F32, io::ScalarType::I64,
+                            io::ScalarType::I8, io::ScalarType::U8}) {
+    if (torch_type(stored) == type) return stored;
+  }
+  return std::nullopt;
+}
+
+py::dict tensors(GuardedStore& self) {
+  const auto stored = self.use([](ExactStore& store) { return store.tensors(); });
+  nn::NamedTensors named;
+  for (const StoredTensor& tensor : stored) {
+    at::Tensor copy = at::empty(tensor.shape, torch_type(tensor.type));
+    if (!tensor.bytes.empty()) {
+      std::memcpy(copy.mutable_data_ptr(), tensor.bytes.data(), tensor.bytes.size());
+    }
+    named.emplace_back(tensor.name, std::move(copy));
+  }
+  return to_dict(named);
+}
+
+std::unique_ptr<GuardedStore> from_tensors(std::int64_t hidden_size, std::int64_t vocabulary_size,
+                                           const py::dict& tensors) {
+  nn::NamedTensors named = to_named_tensors(tensors);
+  std::vector<io::TensorData> views;
+  for (auto& [name, tensor] : named) {
+    const auto type = stored_type(tensor.scalar_type());
+    if (!type) continue;  // none of a store's
+    tensor = tensor.cpu().contiguous();
+    views.push_back({name,
+                     *type,
+                     tensor.sizes().vec(),
+                     {static_cast<const std::byte*>(tensor.const_data_ptr()), tensor.nbytes()}});
+  }
+  return std::make_unique<GuardedStore>(
+      ExactStore::from_tensors(hidden_size, vocabulary_size, views));
+}
+
+template <class Value>
+auto getter(Value value) {
+  return [value](GuardedStore& self) { return self.use(value); };
+}
+
+}  // namespace
+
+void bind_exact_store(py::module_& module) {
+  using Checkpoint = ExactStore::Checkpoint;
+  py::class_<Checkpoint>(module, "ExactStoreCheckpoint")
+      .def_property_readonly("size", [](const Checkpoint& self) { return self.size; });
+  py::class_<GuardedStore>(module, "ExactStore")
+      .def(py::init(&make), py::arg("hidden_size"), py::arg("vocabulary_size"),
+           py::arg("text_bytes"), py::arg("neighbour_bytes"), py::arg("shortest"),
+           py::arg("longest"), py::arg("candidates"), py::arg("neighbours"), py::arg("temperature"),
+           py::arg("rate"), py::arg("seed"))
+      .def("read", &read, py::arg("tokens"), py::arg("hidden"), py::arg("logits"),
+           py::arg("strengths"))
+      .def("predict", &predict, py::arg("hidden"), py::arg("logits"))
+      .def("size", getter([](ExactStore& store) { return store.size(); }))
+      .def("bytes", getter([](ExactStore& store) { return store.bytes(); }))
+      .def("checkpoint", getter([](ExactStore& store) { return store.checkpoint(); }))
+      .def("rollback",
+           [](GuardedStore& self, const Checkpoint& checkpoint) {
+             self.use([&](ExactStore& store) { store.rollback(checkpoint); });
+           })
+      .def("tensors", &tensors)
+      .def_static("from_tensors", &from_tensors, py::arg("hidden_size"), py::arg("vocabulary_size"),
+                  py::arg("tensors"))
+      .def("copy", [](GuardedStore& self) {
+        return std::make_unique<GuardedStore>(self.use([](ExactStore& store) { return store; }));
+      });
+}
+
+}  // namespace fastweights::python
