@@ -15,6 +15,7 @@
 #include "activation-inl.hpp"
 #include "fastweights/core/decoding.hpp"
 #include "fastweights/core/recurrent-inl.hpp"
+#include "fastweights/core/softmax_delta_rule-inl.hpp"
 #include "fastweights/core/team.hpp"
 
 HWY_BEFORE_NAMESPACE();
@@ -22,6 +23,7 @@ namespace fastweights::core::HWY_NAMESPACE {
 namespace {
 
 using cpu::DecodingAttention;
+using cpu::DecodingHeadState;
 using cpu::DecodingLayer;
 using cpu::DecodingMemory;
 using cpu::DecodingModel;
@@ -135,7 +137,8 @@ inline Rows rows_at(const std::int64_t* rows, std::int64_t each, std::int64_t ta
 
 /// Rows of scratch memory, each a multiple of 16 elements.
 struct Scratch {
-  explicit Scratch(const DecodingSizes& s) {
+  explicit Scratch(const DecodingModel& model) {
+    const auto& s = model.sizes;
     const auto scores = s.attention_sinks + s.attention_window;
     const auto place = [&](float* Scratch::* member, std::int64_t size) {
       members.push_back({member, total});
@@ -156,6 +159,9 @@ struct Scratch {
     place(&Scratch::hidden, s.feed_forward_width);
     scores_stride = (scores + 31) / 16 * 16;
     place(&Scratch::scores, scores_stride * s.attention_heads);
+    if (!model.fast_head) return;
+    place(&Scratch::head_key, s.width);
+    place(&Scratch::head_error, model.output.rows);
   }
 
   void start_at(float* memory) {
@@ -182,7 +188,9 @@ struct Scratch {
   float* gate = nullptr;
   float* recalled = nullptr;  // what the heads of the memory return
   float* hidden = nullptr;
-  float* scores = nullptr;  // [heads, scores_stride]
+  float* scores = nullptr;      // [heads, scores_stride]
+  float* head_key = nullptr;    // the hidden state that predicted the token, times its strength
+  float* head_error = nullptr;  // how wrong its prediction was
 };
 
 // ---- between the products
@@ -219,7 +227,8 @@ class Decoder {
         s_(scratch),
         team_(team) {}
 
-  void run(std::int64_t token, const std::vector<DecodingState>& states, float* logits) {
+  void run(std::int64_t token, const std::vector<DecodingState>& states,
+           const DecodingHeadState& head, float* logits) {
     const T* row = static_cast<const T*>(model_.embedding.data) + token * sizes_.width;
     for (std::int64_t i = 0; i < sizes_.width; ++i) s_.x[i] = to_float(row[i]);
     fill_angles();
@@ -233,9 +242,65 @@ class Decoder {
       multiply_rows<T>(model_.output, first, std::min(each, model_.output.rows - first), s_.normed,
                        logits + first);
     });
+    if (model_.fast_head) correct(token, head, logits);
   }
 
  private:
+  /// Writes `token` into the memory at the head, for the hidden state that predicted it, reads the
+  /// memory for the new one and leaves that to be written next.
+  void correct(std::int64_t token, const DecodingHeadState& head, float* logits) {
+    const auto width = sizes_.width;
+    const auto vocabulary = model_.output.rows;
+    const float eta = std::min(static_cast<float>(model_.head_eta) * strength_, 2.0f);
+    const auto shrink = static_cast<float>(
+        std::expm1(model_.head_decay * std::min(static_cast<double>(strength_), 1.0)));
+    T* hidden = static_cast<T*>(head.hidden);
+    for (std::int64_t i = 0; i < width; ++i) s_.head_key[i] = to_float(hidden[i]);
+    scale_row(s_.head_key, eta * inverse_norm(s_.head_key, width), width, s_.head_key);
+    if (eta != 0.0f) {
+      softmax_delta::prediction_error(head.logits, token, vocabulary, s_.head_error);
+    }
+    // As the modules have it: the hidden state in the model's type.
+    for (std::int64_t i = 0; i < width; ++i) {
+      store(s_.normed[i], hidden + i);
+      s_.normed[i] = to_float(hidden[i]);
+    }
+    scale_row(s_.normed, inverse_norm(s_.normed, width), width, s_.normed);
+    using softmax_delta::kColumns;
+    team_.loop(divide_up(vocabulary, kColumns), [&](std::int64_t task) {
+      const auto begin = task * kColumns;
+      const auto end = std::min(vocabulary, begin + kColumns);
+      if (eta != 0.0f || shrink != 0.0f) {
+        softmax_delta::multiply<float>({.rows = width,
+                                        .inner = eta != 0.0f ? 1 : 0,
+                                        .left = s_.head_key,
+                                        .left_row = 1,
+                                        .left_inner = width,
+                                        .right = s_.head_error,
+                                        .right_stride = vocabulary,
+                                        .base = head.state,
+                                        .base_stride = vocabulary,
+                                        .shrink = shrink,
+                                        .out = head.state,
+                                        .out_stride = vocabulary},
+                                       begin, end);
+      }
+      softmax_delta::multiply<float>({.rows = 1,
+                                      .inner = width,
+                                      .left = s_.normed,
+                                      .left_row = width,
+                                      .left_inner = 1,
+                                      .right = head.state,
+                                      .right_stride = vocabulary,
+                                      .base = logits,
+                                      .base_stride = vocabulary,
+                                      .out = logits,
+                                      .out_stride = vocabulary},
+                                     begin, end);
+    });
+    std::copy_n(logits, vocabulary, head.logits);
+  }
+
   void run_layer(const DecodingLayer& layer, const DecodingState& state) {
     norm(s_.x, layer.mixer_norm, sizes_.width, sizes_.norm_epsilon, s_.normed);
     project(layer, state);
@@ -492,19 +557,20 @@ class Decoder {
 
 void decode(const DecodingModel& model, std::int64_t token, std::int64_t position, float strength,
             const std::vector<DecodingState>& states, float* memory, float* logits,
-            const Executor& executor) {
-  Scratch scratch(model.sizes);
+            const Executor& executor, const DecodingHeadState& head) {
+  Scratch scratch(model);
   scratch.start_at(memory);
   Team::run(executor, [&](Team& team) {
     if (model.dtype == DType::kBFloat16) {
-      Decoder<hwy::bfloat16_t>(model, position, strength, scratch, team).run(token, states, logits);
+      Decoder<hwy::bfloat16_t>(model, position, strength, scratch, team)
+          .run(token, states, head, logits);
     } else {
-      Decoder<float>(model, position, strength, scratch, team).run(token, states, logits);
+      Decoder<float>(model, position, strength, scratch, team).run(token, states, head, logits);
     }
   });
 }
 
-std::int64_t scratch_size(const DecodingModel& model) { return Scratch(model.sizes).total; }
+std::int64_t scratch_size(const DecodingModel& model) { return Scratch(model).total; }
 
 }  // namespace
 }  // namespace fastweights::core::HWY_NAMESPACE
@@ -528,9 +594,10 @@ std::int64_t decoding_scratch(const DecodingModel& model) {
 
 void decode_token(const DecodingModel& model, std::int64_t token, std::int64_t position,
                   float strength, const std::vector<DecodingState>& states, float* scratch,
-                  float* logits, const Executor& executor) {
+                  float* logits, const Executor& executor, const DecodingHeadState& head) {
   using namespace core;
-  HWY_DYNAMIC_DISPATCH(decode)(model, token, position, strength, states, scratch, logits, executor);
+  HWY_DYNAMIC_DISPATCH(decode)(model, token, position, strength, states, scratch, logits, executor,
+                               head);
 }
 
 }  // namespace fastweights::cpu

@@ -144,6 +144,12 @@ cpu::DecodingState state_of(const nn::BlockState& block) {
           data(block.attention.key), data(block.attention.value)};
 }
 
+cpu::DecodingHeadState head_of(const nn::HeadState& head) {
+  if (!head.state.defined()) return {};
+  return {head.state.mutable_data_ptr<float>(), head.hidden.mutable_data_ptr(),
+          head.logits.mutable_data_ptr<float>()};
+}
+
 }  // namespace
 
 std::unique_ptr<Decoder> Decoder::make(const nn::LanguageModelImpl& model) {
@@ -151,7 +157,6 @@ std::unique_ptr<Decoder> Decoder::make(const nn::LanguageModelImpl& model) {
   const auto& config = model.config();
   const auto type = model.norm->weight.scalar_type();
   if (type != at::kFloat && type != at::kBFloat16) return nullptr;
-  if (config.fast_head) return nullptr;
   Taker take(type);
   std::unique_ptr<Decoder> decoder(new Decoder());
   auto& plan = decoder->model_;
@@ -165,6 +170,9 @@ std::unique_ptr<Decoder> Decoder::make(const nn::LanguageModelImpl& model) {
   plan.output = model.output.is_empty()
                     ? plan.embedding
                     : take.matrix(model.output, config.vocabulary_size, config.width);
+  plan.fast_head = config.fast_head;
+  plan.head_eta = config.fast_head_eta;
+  plan.head_decay = config.fast_head_decay();
   if (!take.fits()) return nullptr;
   decoder->kept_ = std::move(take).kept();
   return decoder;
@@ -178,7 +186,7 @@ at::Tensor Decoder::step(std::int64_t token, nn::LanguageModelState& state, floa
   auto* position = state.position.mutable_data_ptr<std::int64_t>();
   at::Tensor logits = at::empty({model_.output.rows}, at::kFloat);
   cpu::decode_token(model_, token, *position, strength, states, scratch.data(),
-                    logits.mutable_data_ptr<float>(), parallel_executor());
+                    logits.mutable_data_ptr<float>(), parallel_executor(), head_of(state.head));
   *position += 1;
   return logits;
 }

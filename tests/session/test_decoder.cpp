@@ -71,6 +71,10 @@ std::vector<std::pair<std::string, LanguageModelConfig>> configs() {
   add("no memory", [](auto& c) { c.memory = false; });
   add("no sinks, window of one", [](auto& c) { c.attention_sinks = 0, c.attention_window = 1; });
   add("one tap", [](auto& c) { c.convolution_size = 1; });
+  add("fast head", [](auto& c) { c.fast_head = true, c.fast_head_half_life = 40.0; });
+  add("fast head, odd width", [](auto& c) {
+    c.fast_head = true, c.fast_head_eta = 2.0, c.width = 60, c.attention_heads = 3;
+  });
   add("large", [](auto& c) {
     c.width = 192, c.feed_forward_width = 520, c.memory_key_size = 100, c.memory_value_size = 130;
   });

@@ -78,6 +78,9 @@ struct DecodingModel {
   Weights embedding;            // [vocabulary, width]
   const float* norm = nullptr;  // [width]
   Weights output;               // [vocabulary, width]
+  bool fast_head = false;       // a memory at the head: softmax_delta_rule
+  double head_eta = 0.0;        // its write strength
+  double head_decay = 0.0;      // its log-decay
 };
 
 /// The state of one layer, of the model's type but for `memory`; read and written.
@@ -86,6 +89,13 @@ struct DecodingState {
   void* convolution = nullptr;  // [taps − 1, 2·H·K + HV·V]
   void* key = nullptr;          // [window, heads, size], rotated
   void* value = nullptr;        // [window, heads, size]
+};
+
+/// The state of the memory at the head, see `nn::HeadState`; read and written.
+struct DecodingHeadState {
+  float* state = nullptr;   // [width, vocabulary]
+  void* hidden = nullptr;   // [width], of the model's type
+  float* logits = nullptr;  // [vocabulary]
 };
 
 /// fp32 elements of scratch memory that `decode_token` needs.
@@ -97,8 +107,9 @@ std::int64_t decoding_scratch(const DecodingModel& model);
 ///                 min(r, 1); with 0 a memory is neither written nor decays
 /// @param states  one for each layer
 /// @param scratch 64-byte aligned, overwritten
+/// @param head    null where the model has none; its η and log-decay take the strength as well
 void decode_token(const DecodingModel& model, std::int64_t token, std::int64_t position,
                   float strength, const std::vector<DecodingState>& states, float* scratch,
-                  float* logits, const Executor& executor);
+                  float* logits, const Executor& executor, const DecodingHeadState& head = {});
 
 }  // namespace fastweights::cpu
