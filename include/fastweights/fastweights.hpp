@@ -15,6 +15,7 @@
 #include "fastweights/session/generator.hpp"
 #include "fastweights/session/log.hpp"
 #include "fastweights/session/longest_match.hpp"
+#include "fastweights/session/mark.hpp"
 #include "fastweights/session/mixture.hpp"
 #include "fastweights/session/nearest_neighbours.hpp"
 #include "fastweights/session/sampling.hpp"

@@ -13,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -80,8 +81,10 @@ at::Tensor to_tensor(const std::vector<float>& values) {
   return tensor;
 }
 
-std::unique_ptr<GuardedSession> make(const Model& model, std::int64_t piece, std::uint64_t seed) {
-  return std::make_unique<GuardedSession>(Session(model, {.piece = piece, .seed = seed}));
+std::unique_ptr<GuardedSession> make(const Model& model, std::int64_t piece, std::uint64_t seed,
+                                     std::int64_t journal_bytes) {
+  return std::make_unique<GuardedSession>(
+      Session(model, {.piece = piece, .seed = seed, .journal_bytes = journal_bytes}));
 }
 
 std::unique_ptr<GuardedSession> load(const Path& path, const Model& model) {
@@ -127,7 +130,7 @@ py::bytes write(GuardedSession& self, std::int64_t max_tokens, double temperatur
 std::vector<std::pair<std::string, py::bytes>> log(GuardedSession& self) {
   const SessionLog log = self.use([](Session& session) { return session.log(); });
   std::vector<std::pair<std::string, py::bytes>> calls;
-  std::int64_t begin = 0;
+  std::int64_t begin = log.start();
   for (const LogCall& call : log.calls()) {
     const auto tokens = log.tokens(begin, begin + call.tokens);
     calls.emplace_back(call.kind == CallKind::kRead ? "read" : "written",
@@ -135,6 +138,84 @@ std::vector<std::pair<std::string, py::bytes>> log(GuardedSession& self) {
     begin += call.tokens;
   }
   return calls;
+}
+
+/// A place as Python gives it: whether it is a mark, and the mark's number or the position.
+using Point = std::pair<bool, std::uint64_t>;
+
+TextPoint to_point(const Point& point) {
+  if (point.first) return Mark{point.second};
+  return static_cast<std::int64_t>(point.second);
+}
+
+void rollback(GuardedSession& self, const Point& to, const py::object& progress) {
+  self.use([&](Session& session) { session.rollback(to_point(to), progress_of(progress)); });
+}
+
+void feedback(GuardedSession& self, const Point& from, const std::optional<Point>& to, float r,
+              const py::object& progress) {
+  self.use([&](Session& session) {
+    if (to) {
+      session.feedback(to_point(from), to_point(*to), r, progress_of(progress));
+    } else {
+      session.feedback(to_point(from), r, progress_of(progress));
+    }
+  });
+}
+
+void correct(GuardedSession& self, const Point& since, const py::bytes& better, float r,
+             const py::object& progress) {
+  const std::string_view view(better);
+  self.use(
+      [&](Session& session) { session.correct(to_point(since), view, r, progress_of(progress)); });
+}
+
+void revoke(GuardedSession& self, const Point& from, const Point& to, const py::object& progress) {
+  self.use([&](Session& session) {
+    session.revoke(to_point(from), to_point(to), progress_of(progress));
+  });
+}
+
+std::vector<std::uint64_t> marks(GuardedSession& self) {
+  std::vector<std::uint64_t> numbers;
+  for (const Mark& mark : self.use([](Session& session) { return session.marks(); })) {
+    numbers.push_back(mark.id);
+  }
+  return numbers;
+}
+
+/// (begin, end, strength) of each span whose strength is not 1.
+std::vector<std::tuple<std::int64_t, std::int64_t, float>> strengths(GuardedSession& self) {
+  std::vector<std::tuple<std::int64_t, std::int64_t, float>> spans;
+  const SessionLog log = self.use([](Session& session) { return session.log(); });
+  for (const StrengthSpan& span : log.strengths()) {
+    spans.emplace_back(span.begin, span.end, span.strength);
+  }
+  return spans;
+}
+
+py::dict report(GuardedSession& self) {
+  const SessionReport report = self.use([](Session& session) { return session.report(); });
+  py::dict out;
+  out["read"] = report.read;
+  out["written"] = report.written;
+  out["committed"] = report.committed;
+  out["checkpoints"] = report.checkpoints;
+  out["checkpoint_bytes"] = report.checkpoint_bytes;
+  out["log_bytes"] = report.log_bytes;
+  out["marks"] = report.marks;
+  out["limited_writes"] = report.limited_writes;
+  return out;
+}
+
+/// The session of a log that is that of `self`, replayed from the start.
+std::unique_ptr<GuardedSession> replayed(GuardedSession& self, const Model& model,
+                                         std::int64_t piece, std::int64_t journal_bytes,
+                                         const py::object& progress) {
+  const SessionLog log = self.use([](Session& session) { return session.log(); });
+  const py::gil_scoped_release no_gil;
+  return std::make_unique<GuardedSession>(Session::from_log(
+      model, log, {.piece = piece, .journal_bytes = journal_bytes}, progress_of(progress)));
 }
 
 std::unique_ptr<GuardedSession> copy(GuardedSession& self) {
@@ -145,7 +226,8 @@ std::unique_ptr<GuardedSession> copy(GuardedSession& self) {
 
 void bind_session(py::module_& module) {
   py::class_<GuardedSession>(module, "Session")
-      .def(py::init(&make), py::arg("model"), py::arg("piece"), py::arg("seed"))
+      .def(py::init(&make), py::arg("model"), py::arg("piece"), py::arg("seed"),
+           py::arg("journal_bytes"))
       .def_static("load", &load, py::arg("path"), py::arg("model"),
                   py::call_guard<py::gil_scoped_release>())
       .def("read", &read, py::arg("text"), py::arg("progress"))
@@ -165,6 +247,26 @@ void bind_session(py::module_& module) {
       .def("fused",
            [](GuardedSession& self) { return self.use([](Session& s) { return s.fused(); }); })
       .def("log", &log)
+      .def("mark",
+           [](GuardedSession& self) { return self.use([](Session& s) { return s.mark().id; }); })
+      .def("marks", &marks)
+      .def(
+          "position_of",
+          [](GuardedSession& self, std::uint64_t mark) {
+            return self.use([&](Session& s) { return s.position(Mark{mark}); });
+          },
+          py::arg("mark"))
+      .def("rollback", &rollback, py::arg("to"), py::arg("progress"))
+      .def("feedback", &feedback, py::arg("start"), py::arg("end"), py::arg("r"),
+           py::arg("progress"))
+      .def("correct", &correct, py::arg("since"), py::arg("better"), py::arg("r"),
+           py::arg("progress"))
+      .def("revoke", &revoke, py::arg("start"), py::arg("end"), py::arg("progress"))
+      .def("commit", [](GuardedSession& self) { self.use([](Session& s) { s.commit(); }); })
+      .def("strengths", &strengths)
+      .def("report", &report)
+      .def("replayed", &replayed, py::arg("model"), py::arg("piece"), py::arg("journal_bytes"),
+           py::arg("progress"))
       .def(
           "save",
           [](GuardedSession& self, const Path& path) {

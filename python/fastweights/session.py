@@ -3,7 +3,7 @@
 import codecs
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from torch import Tensor
 
@@ -21,25 +21,61 @@ class LogCall(NamedTuple):
     text: bytes
 
 
+class Mark(NamedTuple):
+    """A place in what a session read and wrote; see `Session.mark`."""
+
+    id: int  # like no other mark's, of any session and process, but for copies of one session
+
+
+class Strength(NamedTuple):
+    """Bytes [start, end) of a session that are learned with a strength other than 1."""
+
+    start: int
+    end: int
+    strength: float
+
+
+class SessionReport(NamedTuple):
+    """What a session did and holds."""
+
+    read: int  # bytes read since the session began
+    written: int  # bytes written
+    committed: int  # of both, those that commit() took out of the log
+    checkpoints: int  # places that going back can start from
+    checkpoint_bytes: int  # of their tensors; copies of a session share them
+    log_bytes: int  # of tokens, calls and strengths; copies share them too
+    marks: int  # that are valid
+    limited_writes: int  # β that feedback would have raised beyond 2, in the session's present text
+
+
 class Session:
     """A running model that learns from what it reads and from what it writes.
 
     A session owns fast weights, attention window and generator; the model is constant and may be
     shared by any number of sessions on any number of threads. A session is a log of what was read
-    and written: everything else is a function of model and log, the same bits on one machine, build
-    and number of threads. Memory is constant but for the log, one byte per byte.
+    and written, and of how strongly it was learned: everything else is a function of model and log,
+    the same bits on one machine, build and number of threads. `rollback`, `feedback` and `revoke`
+    edit the log and replay it from the nearest checkpoint; afterwards the session is, bit for bit,
+    one that was driven that way from the start. Memory is constant but for the log, one byte per
+    byte.
 
     Texts are str (as UTF-8; surrogate escapes stand for single bytes) or bytes of any values. Long
     calls release the GIL. Where they take `progress`, it is called between pieces with the bytes
     done and in all, and returning False stops the call with `Cancelled`. Ctrl-C stops them too,
-    with KeyboardInterrupt. In either case the session is valid and holds what was done so far. One
-    session does one thing at a time: a call while another is under way is an Error.
+    with KeyboardInterrupt. In either case the session is valid and holds what was done so far; an
+    edit of the log that is stopped has not happened. One session does one thing at a time: a call
+    while another is under way is an Error.
 
-    `copy.copy(session)` is an independent session at the same place.
+    Places in the text are marks or positions, which count bytes from the session's start.
     """
 
     def __init__(
-        self, model: "nn.LanguageModel | _C.LanguageModel", *, piece: int = 1024, seed: int = 0
+        self,
+        model: "nn.LanguageModel | _C.LanguageModel",
+        *,
+        piece: int = 1024,
+        seed: int = 0,
+        journal_bytes: int = 64 << 20,
     ) -> None:
         """An empty session.
 
@@ -49,12 +85,14 @@ class Session:
                 set-up of each.
             piece: bytes that a read processes at once, counted from the start of each call.
             seed: of the generator that `write` draws from until it is given another one.
+            journal_bytes: bytes of tensors that may be kept to make going back cheap; with 0 an
+                edit replays the whole log.
 
         Raises:
             Error: the model's vocabulary is not that of bytes, a module was replaced or has hooks,
                 or an option is out of range.
         """
-        self._session = _C.Session(_native(model), piece, _checked_seed(seed))
+        self._session = _C.Session(_native(model), piece, _checked_seed(seed), journal_bytes)
 
     def read(self, text: Text, progress: Progress | None = None) -> None:
         """Reads a text of any length and learns from it."""
@@ -126,6 +164,142 @@ class Session:
             on_token(rest)
         return written.decode("utf-8", "surrogateescape")
 
+    def mark(self) -> Mark:
+        """Marks this place: a name for the present position, to come back to.
+
+        It moves along when what comes before it is revoked. It is valid until `commit`, or a
+        rollback to before it; then its use is an Error that says so, as is the use of another
+        session's mark. Copies inherit marks; files keep them.
+        """
+        return Mark(self._session.mark())
+
+    def marks(self) -> list[Mark]:
+        """The valid marks, in order of their positions."""
+        return [Mark(number) for number in self._session.marks()]
+
+    def position_of(self, mark: Mark) -> int:
+        """Where a mark stands: bytes before it.
+
+        Raises:
+            Error: it is not valid any more, or another session's.
+        """
+        return self._session.position_of(mark.id)
+
+    def rollback(self, to: Mark | int, progress: Progress | None = None) -> None:
+        """Goes back: afterwards the session is one that read and wrote nothing after `to`.
+
+        That may lie inside a call, a piece or a write. Marks behind it are not valid any more.
+
+        Raises:
+            Error: the place is not in the log.
+        """
+        self._session.rollback(_point(to), progress)
+
+    @overload
+    def feedback(
+        self, start: Mark | int, r: float, /, *, progress: Progress | None = None
+    ) -> None: ...
+
+    @overload
+    def feedback(
+        self, start: Mark | int, end: Mark | int, r: float, /, *, progress: Progress | None = None
+    ) -> None: ...
+
+    def feedback(
+        self,
+        start: Mark | int,
+        end: "Mark | int | float",
+        r: float | None = None,
+        /,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
+        """Sets how strongly a span was learned: `feedback(start, r)`, `feedback(start, end, r)`.
+
+        Afterwards the session is one in which every β and η of these bytes was multiplied by r
+        (limited to 2, the stable range; the report counts how often) and every g by min(r, 1). It
+        sets, it does not compose: 1 gives the bits that there were. With 0 the text passed the
+        attention window and left no write. Only under another strength than 1 is written text
+        processed like read text, in pieces.
+
+        Args:
+            start: where the span begins.
+            end: where it ends; without it, all that followed.
+            r: the strength, in [0, 2].
+            progress: see the class.
+
+        Raises:
+            Error: a place is not in the log, or the strength is out of range.
+        """
+        if r is None:
+            if isinstance(end, Mark):
+                raise Error("session: the strength of feedback must be a number, got a mark")
+            self._session.feedback(_point(start), None, end, progress)
+        else:
+            if isinstance(end, float):
+                raise Error(f"session: the end of feedback must be a mark or a position, got {end}")
+            self._session.feedback(_point(start), _point(end), r, progress)
+
+    def correct(
+        self, since: Mark | int, better: Text, r: float = 0.0, progress: Progress | None = None
+    ) -> None:
+        """Feedback with a correction, in one call: `better` is learned in the place of a text.
+
+        What followed `since` gets the strength r, and `better` is read. What followed stays in the
+        attention window, and `better` comes after it: feedback(since, r) and read(better), but if
+        it fails neither has happened. To take the text out of the window too, roll back and read.
+
+        Raises:
+            Error: the place is not in the log, or the strength is out of range.
+        """
+        self._session.correct(_point(since), _to_bytes(better), r, progress)
+
+    def revoke(self, start: Mark | int, end: Mark | int, progress: Progress | None = None) -> None:
+        """Takes out a span: afterwards the session never read it, but did read what came after it.
+
+        Calls keep their other boundaries. Later positions and marks move along; marks inside stand
+        where the span began.
+
+        Raises:
+            Error: a place is not in the log, or the span ends before it begins.
+        """
+        self._session.revoke(_point(start), _point(end), progress)
+
+    def commit(self) -> None:
+        """Makes what happened so far final.
+
+        Tensors, position and generator stay, the log before this place is gone, and no mark is
+        valid any more.
+        """
+        self._session.commit()
+
+    def fork(self) -> "Session":
+        """A copy that goes its own way; it costs what differs."""
+        return self._of(self._session.copy())
+
+    def strengths(self) -> list[Strength]:
+        """The spans that feedback gave another strength than 1, in order."""
+        return [Strength(*span) for span in self._session.strengths()]
+
+    def report(self) -> SessionReport:
+        """What the session did and holds."""
+        return SessionReport(**self._session.report())
+
+    def replayed(
+        self,
+        model: "nn.LanguageModel | _C.LanguageModel",
+        *,
+        piece: int = 1024,
+        journal_bytes: int = 64 << 20,
+        progress: Progress | None = None,
+    ) -> "Session":
+        """The session that has this one's log, on any model: all of it is replayed.
+
+        Raises:
+            Error: the log's beginning was committed.
+        """
+        return self._of(self._session.replayed(_native(model), piece, journal_bytes, progress))
+
     def logits(self) -> Tensor:
         """Logits of the next token, fp32 [vocabulary] on the CPU; all 0 in a fresh session."""
         return self._session.logits()
@@ -141,7 +315,7 @@ class Session:
 
     @property
     def position(self) -> int:
-        """Bytes read and written so far."""
+        """Bytes read and written so far, without those that were rolled back or revoked."""
         return self._session.position()
 
     @property
@@ -159,7 +333,7 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the session in a file that only its owner can read, bound to the model.
 
-        The file holds everything that was read.
+        The file holds everything that was read, the marks and the checkpoints.
 
         Raises:
             FileError: then whatever stood at `path` is untouched.
@@ -179,10 +353,10 @@ class Session:
         return cls._of(_C.Session.load(path, _native(model)))
 
     def __copy__(self) -> "Session":
-        return self._of(self._session.copy())
+        return self.fork()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Session":
-        return self._of(self._session.copy())
+        return self.fork()
 
     @classmethod
     def _of(cls, native: _C.Session) -> "Session":
@@ -193,6 +367,14 @@ class Session:
 
 def _native(model: "nn.LanguageModel | _C.LanguageModel") -> _C.LanguageModel:
     return model.native() if isinstance(model, nn.LanguageModel) else model
+
+
+def _point(place: Mark | int) -> tuple[bool, int]:
+    if isinstance(place, Mark):
+        return True, place.id
+    if place < 0:
+        raise Error(f"session: a position must be at least 0, got {place}")
+    return False, place
 
 
 def _to_bytes(text: Text) -> bytes:
@@ -207,4 +389,4 @@ def _checked_seed(seed: int) -> int:
     return seed
 
 
-__all__ = ["LogCall", "Session"]
+__all__ = ["LogCall", "Mark", "Session", "SessionReport", "Strength"]

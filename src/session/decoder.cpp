@@ -2,6 +2,7 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "../ops/layer_op.hpp"
@@ -21,7 +22,7 @@ class Taker {
 
   cpu::Weights matrix(const at::Tensor& weight, std::int64_t rows, std::int64_t columns) {
     if (!check(weight, {rows, columns})) return {};
-    kept_.push_back(weight);
+    kept_.push_back(weight.detach());  // keeps the storage, even if the parameter gets another
     return {weight.const_data_ptr(), rows, columns};
   }
 
@@ -123,10 +124,10 @@ cpu::DecodingLayer layer_of(const nn::BlockImpl& block, const LanguageModelConfi
   cpu::DecodingLayer layer;
   layer.mixer_norm = take.vector(block.mixer_norm->weight, {width});
   layer.feed_forward_norm = take.vector(block.feed_forward_norm->weight, {width});
-  if (block.attention_enabled && !block.attention.is_empty()) {
+  if (!block.attention.is_empty()) {
     layer.attention = attention_of(block, sizes, take);
   }
-  if (block.memory_enabled && !block.memory.is_empty()) {
+  if (!block.memory.is_empty()) {
     const bool gated = config.memory_rule == "gated_delta_rule";
     layer.memory = memory_of(block, sizes, gated, take);
   }
@@ -134,6 +135,97 @@ cpu::DecodingLayer layer_of(const nn::BlockImpl& block, const LanguageModelConfi
   layer.up = take.matrix(block.feed_forward->up, hidden, width);
   layer.down = take.matrix(block.feed_forward->down, width, hidden);
   return layer;
+}
+
+/// Calls `visit(tensor)` for every tensor that a decoder is made from; some may be undefined.
+template <class Visit>
+void for_each_tensor(const nn::LanguageModelImpl& model, Visit visit) {
+  const auto linear = [&](const torch::nn::Linear& layer) {
+    if (layer.is_empty()) return;
+    visit(layer->weight);
+    visit(layer->bias);
+  };
+  visit(model.embedding->weight);
+  visit(model.norm->weight);
+  linear(model.output);
+  for (const auto& block : model.blocks) {
+    visit(block->mixer_norm->weight);
+    visit(block->feed_forward_norm->weight);
+    if (!block->attention.is_empty()) {
+      const auto& a = *block->attention;
+      for (const auto* layer : {&a.query, &a.key, &a.value, &a.output}) linear(*layer);
+      for (const auto* each : {&a.sink_key, &a.sink_value, &block->mix_attention}) visit(*each);
+    }
+    if (!block->memory.is_empty()) {
+      const auto& m = *block->memory;
+      for (const auto* layer : {&m.query, &m.key, &m.value, &m.beta, &m.decay, &m.gate, &m.output})
+        linear(*layer);
+      for (const auto* each :
+           {&m.convolution_weight, &m.norm_weight, &m.a_log, &m.dt_bias, &block->mix_memory})
+        visit(*each);
+    }
+    const auto& f = *block->feed_forward;
+    for (const auto* layer : {&f.gate, &f.up, &f.down}) linear(*layer);
+  }
+}
+
+/// What a tensor was when a decoder was made.
+struct Seen {
+  at::Tensor tensor;
+  const void* data = nullptr;
+  std::uint32_t version = 0;
+
+  explicit Seen(const at::Tensor& now)
+      : tensor(now), data(data_of(now)), version(version_of(now)) {}
+
+  bool is(const at::Tensor& now) const {
+    return tensor.is_same(now) && data == data_of(now) && version == version_of(now);
+  }
+
+ private:
+  static const void* data_of(const at::Tensor& tensor) {
+    return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+  }
+  static std::uint32_t version_of(const at::Tensor& tensor) {
+    return tensor.defined() && !tensor.is_inference() ? tensor._version() : 0;
+  }
+};
+
+/// What a model's slot keeps: its decoder, or the knowledge that there is none.
+struct Kept {
+  std::vector<Seen> seen;
+  std::shared_ptr<const Decoder> decoder;
+
+  bool fits(const nn::LanguageModelImpl& model) const {
+    std::size_t next = 0;
+    bool same = true;
+    for_each_tensor(model, [&](const at::Tensor& tensor) {
+      same = same && next < seen.size() && seen[next].is(tensor);
+      ++next;
+    });
+    return same && next == seen.size();
+  }
+};
+
+/// The layers without the branches that are switched off.
+cpu::DecodingModel with_switches(cpu::DecodingModel plan, const nn::LanguageModelImpl& model) {
+  for (std::size_t layer = 0; layer < plan.layers.size(); ++layer) {
+    if (!model.blocks[layer]->attention_enabled) plan.layers[layer].attention = {};
+    if (!model.blocks[layer]->memory_enabled) plan.layers[layer].memory = {};
+  }
+  return plan;
+}
+
+bool all_on(const nn::LanguageModelImpl& model) {
+  return std::ranges::all_of(model.blocks, [](const nn::Block& block) {
+    return block->attention_enabled && block->memory_enabled;
+  });
+}
+
+cpu::DecodingHeadState head_of(const nn::HeadState& head) {
+  if (!head.state.defined()) return {};
+  return {head.state.mutable_data_ptr<float>(), head.hidden.mutable_data_ptr(),
+          head.logits.mutable_data_ptr<float>()};
 }
 
 cpu::DecodingState state_of(const nn::BlockState& block) {
@@ -144,13 +236,19 @@ cpu::DecodingState state_of(const nn::BlockState& block) {
           data(block.attention.key), data(block.attention.value)};
 }
 
-cpu::DecodingHeadState head_of(const nn::HeadState& head) {
-  if (!head.state.defined()) return {};
-  return {head.state.mutable_data_ptr<float>(), head.hidden.mutable_data_ptr(),
-          head.logits.mutable_data_ptr<float>()};
-}
-
 }  // namespace
+
+std::shared_ptr<const Decoder> Decoder::of(const nn::LanguageModelImpl& model) {
+  return model.derived().with([&](std::shared_ptr<const void>& slot) {
+    const auto* kept = static_cast<const Kept*>(slot.get());
+    if (kept != nullptr && kept->fits(model)) return kept->decoder;
+    auto made = std::make_shared<Kept>();
+    for_each_tensor(model, [&](const at::Tensor& tensor) { made->seen.emplace_back(tensor); });
+    made->decoder = make(model);
+    slot = made;
+    return made->decoder;
+  });
+}
 
 std::unique_ptr<Decoder> Decoder::make(const nn::LanguageModelImpl& model) {
   const at::NoGradGuard no_gradient;
@@ -178,14 +276,18 @@ std::unique_ptr<Decoder> Decoder::make(const nn::LanguageModelImpl& model) {
   return decoder;
 }
 
-at::Tensor Decoder::step(std::int64_t token, nn::LanguageModelState& state, float strength) const {
+at::Tensor Decoder::step(const nn::LanguageModelImpl& model, std::int64_t token,
+                         nn::LanguageModelState& state, float strength) const {
   std::vector<cpu::DecodingState> states;
   states.reserve(state.blocks.size());
   for (const auto& block : state.blocks) states.push_back(state_of(block));
-  core::AlignedBuffer<float> scratch(static_cast<std::size_t>(cpu::decoding_scratch(model_)));
+  const cpu::DecodingModel cut =
+      all_on(model) ? cpu::DecodingModel() : with_switches(model_, model);
+  const cpu::DecodingModel& plan = all_on(model) ? model_ : cut;
+  core::AlignedBuffer<float> scratch(static_cast<std::size_t>(cpu::decoding_scratch(plan)));
   auto* position = state.position.mutable_data_ptr<std::int64_t>();
-  at::Tensor logits = at::empty({model_.output.rows}, at::kFloat);
-  cpu::decode_token(model_, token, *position, strength, states, scratch.data(),
+  at::Tensor logits = at::empty({plan.output.rows}, at::kFloat);
+  cpu::decode_token(plan, token, *position, strength, states, scratch.data(),
                     logits.mutable_data_ptr<float>(), parallel_executor(), head_of(state.head));
   *position += 1;
   return logits;

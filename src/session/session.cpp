@@ -21,20 +21,21 @@
 #include "fastweights/session/generator.hpp"
 #include "fastweights/session/state_file.hpp"
 #include "fingerprint.hpp"
+#include "journal.hpp"
+#include "replay.hpp"
 
 namespace fastweights {
 namespace {
 
 using Model = std::shared_ptr<const nn::LanguageModelImpl>;
+using detail::Checkpoint;
 using detail::Place;
+using detail::Replay;
+using detail::to_tensor;
 using nn::NamedTensors;
 using Tokens = std::vector<std::int64_t>;
 
 // ---- one step ---------------------------------------------------------------------------------
-
-at::Tensor to_tensor(std::span<const std::int64_t> values) {
-  return at::tensor(at::IntArrayRef(values.data(), values.size()), at::kLong);
-}
 
 at::Device device_of(const nn::LanguageModelImpl& model) {
   return model.embedding->weight.device();
@@ -54,16 +55,6 @@ Model checked(Model model) {
 Place fresh_place(const nn::LanguageModelImpl& model) {
   const auto options = at::TensorOptions(at::kFloat).device(device_of(model));
   return {model.initial_state(1), at::zeros({model.config().vocabulary_size}, options)};
-}
-
-/// Moves on over `tokens`; returns the logits after each of them, fp32 [T, vocabulary].
-at::Tensor advance(Place& place, const nn::LanguageModelImpl& model, const Tokens& tokens,
-                   bool in_place = false) {
-  const at::Tensor input = to_tensor(tokens).unsqueeze(0).to(device_of(model));
-  auto [logits, state] = model.forward(input, place.state, {.in_place = in_place});
-  at::Tensor rows = logits.squeeze(0).to(at::kFloat);
-  place = {std::move(state), rows[-1].clone()};
-  return rows;
 }
 
 /// −log2 p of each token: the first under the logits `before` it, the others under `rows`, which
@@ -112,15 +103,25 @@ void check_write_options(const WriteOptions& options) {
   check_sampling_options({options.temperature, options.top_k, options.top_p});
 }
 
-std::int64_t sample(const at::Tensor& logits, const WriteOptions& options, Generator& generator) {
+/// Draws a token. What is thrown (by logits that are no numbers) is kept for later, so that the
+/// session can be left valid first.
+std::optional<std::int64_t> sample(const at::Tensor& logits, const WriteOptions& options,
+                                   Generator& generator, std::exception_ptr& thrown) {
   const at::Tensor plain = logits.cpu();
   const std::span<const float> span(plain.const_data_ptr<float>(),
                                     static_cast<std::size_t>(plain.numel()));
-  return sample_token(span, {options.temperature, options.top_k, options.top_p},
-                      generator.uniform());
+  const Generator before = generator;
+  try {
+    return sample_token(span, {options.temperature, options.top_k, options.top_p},
+                        generator.uniform());
+  } catch (...) {
+    generator = before;
+    thrown = std::current_exception();
+    return {};
+  }
 }
 
-/// Calls `on_token`; what it throws is kept for later, so that the session can be left valid first.
+/// Calls `on_token`; what it throws is kept for later too.
 bool wants_more(const WriteOptions& options, std::string_view bytes, std::exception_ptr& thrown) {
   try {
     return !options.on_token || options.on_token(bytes);
@@ -131,17 +132,6 @@ bool wants_more(const WriteOptions& options, std::string_view bytes, std::except
 }
 
 // ---- state files -------------------------------------------------------------------------------
-
-/// The generator of a session with this log: each written token drew once.
-Generator generator_after(const SessionLog& log, std::uint64_t first_seed) {
-  Generator generator{.seed = first_seed};
-  for (const LogCall& call : log.calls()) {
-    if (call.kind != CallKind::kWritten) continue;
-    if (call.seed) generator = {.seed = *call.seed};
-    generator.draws += static_cast<std::uint64_t>(call.tokens);
-  }
-  return generator;
-}
 
 at::Tensor to_tensor(const Generator& generator) {
   const std::array<std::int64_t, 2> fields = {static_cast<std::int64_t>(generator.seed),
@@ -181,35 +171,85 @@ at::Tensor restored(const std::string& name, const at::Tensor& like,
   return host.to(like.device());
 }
 
+constexpr const char* kBasePrefix = "base.";
+
+std::string checkpoint_prefix(std::size_t i) { return "checkpoints." + std::to_string(i) + "."; }
+
+NamedTensors tensors_of(const Place& place) {
+  NamedTensors tensors = place.state.tensors();
+  tensors.emplace_back("logits", place.logits);
+  return tensors;
+}
+
+/// Adds views of a place's tensors to `out`; `kept` keeps what they show.
+void store_place(const Place& place, const std::string& prefix, std::vector<io::TensorData>& out,
+                 std::vector<at::Tensor>& kept) {
+  for (const auto& [name, tensor] : tensors_of(place)) {
+    kept.push_back(tensor.cpu().contiguous());
+    out.push_back(stored(prefix + name, kept.back()));
+  }
+}
+
+/// The place with that prefix, all of whose tensors are like those of `like`.
+Place restored_place(const Place& like, const std::string& prefix,
+                     std::span<const io::TensorData> tensors, std::int64_t position,
+                     std::int64_t limited_writes) {
+  NamedTensors own = tensors_of(like);
+  for (auto& [name, tensor] : own) tensor = restored(prefix + name, tensor, tensors);
+  Place place;
+  place.logits = own.back().second;
+  own.pop_back();
+  place.state = nn::LanguageModelState::from_tensors(own);
+  place.limited_writes = limited_writes;
+  if (place.state.position.item<std::int64_t>() != position) {
+    throw FileError("state file: malformed: its tensors do not belong to its log");
+  }
+  return place;
+}
+
 }  // namespace
 
 // ---- the session -------------------------------------------------------------------------------
 
 Session::Session(Model model, const SessionOptions& options)
     : model_(checked(std::move(model))),
-      decoder_(detail::Decoder::make(*model_)),
       options_(options),
       place_(fresh_place(*model_)),
+      journal_(std::make_shared<detail::Journal>(options.journal_bytes)),
       generator_{.seed = options.seed},
-      log_(model_->config().vocabulary_size) {
+      log_(model_->config().vocabulary_size, {.generator = {.seed = options.seed}}) {
   if (options.piece < 1) {
     throw Error("session: piece must be at least 1, got " + std::to_string(options.piece));
   }
+  if (options.journal_bytes < 0) {
+    throw Error("session: journal_bytes must be at least 0, got " +
+                std::to_string(options.journal_bytes));
+  }
 }
+
+bool Session::fused() const { return detail::Decoder::of(*model_) != nullptr; }
+
+detail::Journal& Session::journal() { return detail::own(journal_); }
+
+Place Session::base_place() const { return base_ ? *base_ : fresh_place(*model_); }
+
+// ---- reading and writing -----------------------------------------------------------------------
 
 void Session::read_pieces(std::string_view text, const Progress& progress,
                           const AfterPiece& after) {
   const c10::InferenceMode guard;
   for_each_piece(text, options_.piece, progress, [&](const Tokens& tokens, bool first) {
-    Place next = place_;
-    const at::Tensor rows = advance(next, *model_, tokens);
+    Replay replay(*model_, place_);
+    const at::Tensor rows = replay.read(tokens);
     if (first) {
       log_.start_call(CallKind::kRead, tokens);
     } else {
       log_.extend_call(tokens);
     }
-    std::swap(place_, next);
-    if (after) after(tokens, next.logits, rows);
+    const at::Tensor before = place_.logits;
+    place_ = replay.place();
+    journal().add(log_.end(), place_);
+    if (after) after(tokens, before, rows);
   });
 }
 
@@ -234,12 +274,12 @@ double Session::score(std::string_view text, const Progress& progress) const {
 
 std::vector<float> Session::token_bits(std::string_view text, const Progress& progress) const {
   const c10::InferenceMode guard;
-  Place place = place_;
+  Replay replay(*model_, place_);
   std::vector<float> bits;
   bits.reserve(text.size());
   for_each_piece(text, options_.piece, progress, [&](const Tokens& tokens, bool) {
-    const at::Tensor before = place.logits;
-    append(bits, bits_of(tokens, before, advance(place, *model_, tokens)));
+    const at::Tensor before = replay.place().logits;
+    append(bits, bits_of(tokens, before, replay.read(tokens)));
   });
   return bits;
 }
@@ -247,18 +287,19 @@ std::vector<float> Session::token_bits(std::string_view text, const Progress& pr
 std::string Session::write(const WriteOptions& options) {
   check_write_options(options);
   const c10::InferenceMode guard;
-  Place place{place_.state.clone(), place_.logits};
+  Replay replay(*model_, place_);
   Generator generator = options.seed ? Generator{.seed = *options.seed} : generator_;
+  detail::Journal journal = *journal_;
   Tokens written;
   std::string text;
   std::exception_ptr thrown;
   for (bool more = true; more && std::ssize(written) < options.max_tokens;) {
-    written.push_back(sample(place.logits, options, generator));
-    if (decoder_) {
-      place.logits = decoder_->step(written.back(), place.state);
-    } else {
-      advance(place, *model_, {written.back()}, /*in_place=*/true);
-    }
+    const std::optional<std::int64_t> token =
+        sample(replay.place().logits, options, generator, thrown);
+    if (!token) break;
+    replay.write(*token);
+    written.push_back(*token);
+    replay.checkpoint_written(position() + std::ssize(written), journal);
     const std::string bytes = io::ByteTokenizer().decode(std::span(written).last(1));
     text += bytes;
     more = wants_more(options, bytes, thrown) &&
@@ -267,65 +308,229 @@ std::string Session::write(const WriteOptions& options) {
   }
   if (!written.empty()) {
     log_.start_call(CallKind::kWritten, written, options.seed);
-    place_ = std::move(place);
+    place_ = replay.place();
     generator_ = generator;
+    journal_ = std::make_shared<detail::Journal>(std::move(journal));
   }
   if (thrown) std::rethrow_exception(thrown);
   return text;
 }
 
-at::Tensor Session::logits() const { return place_.logits.cpu().clone(); }
+// ---- going back --------------------------------------------------------------------------------
 
-NamedTensors Session::place_tensors() const {
-  NamedTensors tensors = place_.state.tensors();
-  tensors.emplace_back("logits", place_.logits);
-  return tensors;
+Mark Session::mark() {
+  if (log_.size() > 0) journal().add(position(), place_);
+  return marks_.add(position());
 }
 
+std::vector<Mark> Session::marks() const {
+  std::vector<Mark> out;
+  for (const MarkEntry& entry : marks_.entries()) {
+    if (entry.status == MarkStatus::kValid) out.push_back(entry.mark);
+  }
+  return out;
+}
+
+std::int64_t Session::resolve(const TextPoint& point, const char* name) const {
+  if (point.mark_) return marks_.position(*point.mark_);
+  if (point.position_ < log_.start() || point.position_ > log_.end()) {
+    const std::string committed =
+        "; what came before " + std::to_string(log_.start()) + " is committed";
+    throw Error("session: " + std::string(name) + " must be in [" + std::to_string(log_.start()) +
+                ", " + std::to_string(log_.end()) + "], got " + std::to_string(point.position_) +
+                (point.position_ < log_.start() && point.position_ >= 0 ? committed : ""));
+  }
+  return point.position_;
+}
+
+void Session::check_order(std::int64_t from, std::int64_t to) const {
+  if (from > to) {
+    throw Error("session: a span must not end before it begins, got [" + std::to_string(from) +
+                ", " + std::to_string(to) + ")");
+  }
+}
+
+/// The session becomes that of `log`, which is like the present one before `unchanged`.
+void Session::edit(SessionLog log, MarkTable marks, std::int64_t unchanged,
+                   const Progress& progress) {
+  const c10::InferenceMode guard;
+  const bool same = unchanged == log.end() && unchanged == log_.end();
+  if (!same) {
+    auto journal = std::make_shared<detail::Journal>(*journal_);
+    journal->keep_if([&](std::int64_t position) {
+      return position <= unchanged && log.is_boundary(position, options_.piece);
+    });
+    const Checkpoint* start = journal->last();
+    const std::int64_t begin = start ? start->position : log.start();
+    Replay replay(*model_, start ? start->place : base_place());
+    replay.run(log, begin, options_.piece, *journal, progress);
+    place_ = replay.place();
+    journal_ = std::move(journal);
+    generator_ = log.generator();
+  }
+  log_ = std::move(log);
+  marks_ = std::move(marks);
+}
+
+void Session::rollback(TextPoint to, const Progress& progress) {
+  const std::int64_t end = resolve(to, "the position to roll back to");
+  SessionLog log = log_;
+  MarkTable marks = marks_;
+  log.truncate(end);
+  marks.truncate(end);
+  edit(std::move(log), std::move(marks), end, progress);
+}
+
+void Session::feedback(TextPoint since, float r, const Progress& progress) {
+  feedback(since, position(), r, progress);
+}
+
+void Session::feedback(TextPoint from, TextPoint to, float r, const Progress& progress) {
+  const std::int64_t begin = resolve(from, "the begin of feedback");
+  const std::int64_t end = resolve(to, "the end of feedback");
+  check_order(begin, end);
+  if (!(r >= 0.0F && r <= 2.0F)) {
+    throw Error("session: the strength of feedback must be in [0, 2], got " + std::to_string(r));
+  }
+  SessionLog log = log_;
+  const std::int64_t changed = log.set_strength(begin, end, r);
+  edit(std::move(log), marks_, changed == end ? position() : changed, progress);
+}
+
+void Session::correct(TextPoint since, std::string_view better, float r, const Progress& progress) {
+  Session next = *this;
+  next.feedback(since, r, progress);
+  next.read(better, progress);
+  *this = std::move(next);
+}
+
+void Session::revoke(TextPoint from, TextPoint to, const Progress& progress) {
+  const std::int64_t begin = resolve(from, "the begin of what is revoked");
+  const std::int64_t end = resolve(to, "the end of what is revoked");
+  check_order(begin, end);
+  if (begin == end) return;
+  SessionLog log = log_;
+  MarkTable marks = marks_;
+  log.erase(begin, end);
+  marks.erase(begin, end);
+  edit(std::move(log), std::move(marks), begin, progress);
+}
+
+void Session::commit() {
+  auto base = std::make_shared<const Place>(place_);
+  auto journal = std::make_shared<detail::Journal>(options_.journal_bytes);
+  marks_.commit();
+  log_.commit();
+  base_ = std::move(base);
+  journal_ = std::move(journal);
+}
+
+SessionReport Session::report() const {
+  return {.read = log_.read(),
+          .written = log_.written(),
+          .committed = log_.start(),
+          .checkpoints = std::ssize(journal_->checkpoints()),
+          .checkpoint_bytes = journal_->bytes(),
+          .log_bytes = static_cast<std::int64_t>(log_.bytes()),
+          .marks = std::ssize(marks()),
+          .limited_writes = place_.limited_writes};
+}
+
+Session Session::from_log(Model model, const SessionLog& log, const SessionOptions& options,
+                          const Progress& progress) {
+  if (log.start() != 0) {
+    throw Error("session: a log whose first " + std::to_string(log.start()) +
+                " tokens were committed cannot be replayed");
+  }
+  SessionOptions own = options;
+  own.seed = log.base().generator.seed;
+  Session session(std::move(model), own);
+  if (log.vocabulary_size() != session.log_.vocabulary_size()) {
+    throw Error("session: the log's vocabulary must be the model's " +
+                std::to_string(session.log_.vocabulary_size()) + " tokens, got " +
+                std::to_string(log.vocabulary_size()));
+  }
+  session.edit(log, MarkTable(), 0, progress);
+  return session;
+}
+
+// ---- looking -----------------------------------------------------------------------------------
+
+at::Tensor Session::logits() const { return place_.logits.cpu().clone(); }
+
 NamedTensors Session::state() const {
-  NamedTensors tensors = place_tensors();
+  NamedTensors tensors = tensors_of(place_);
   for (auto& [name, tensor] : tensors) tensor = tensor.clone();
   tensors.emplace_back("generator", to_tensor(generator_));
   return tensors;
 }
 
+// ---- state files -------------------------------------------------------------------------------
+
 void Session::save(const std::filesystem::path& path) const {
-  NamedTensors tensors = place_tensors();
-  std::vector<io::TensorData> views;
-  for (auto& [name, tensor] : tensors) {
-    tensor = tensor.cpu().contiguous();
-    views.push_back(stored(name, tensor));
+  StateFile file{.model = detail::model_fingerprint(*model_),
+                 .piece = options_.piece,
+                 .journal_bytes = options_.journal_bytes,
+                 .limited_writes = place_.limited_writes,
+                 .base_limited_writes = base_ ? base_->limited_writes : 0,
+                 .log = log_,
+                 .marks = {marks_.entries().begin(), marks_.entries().end()},
+                 .checkpoints = {},
+                 .tensors = {}};
+  std::vector<at::Tensor> kept;
+  store_place(place_, "", file.tensors, kept);
+  if (base_) store_place(*base_, kBasePrefix, file.tensors, kept);
+  for (const auto& checkpoint : journal_->checkpoints()) {
+    const std::string prefix = checkpoint_prefix(file.checkpoints.size());
+    file.checkpoints.push_back({checkpoint->position, checkpoint->place.limited_writes});
+    if (checkpoint->position == position()) continue;  // its tensors are the session's own
+    store_place(checkpoint->place, prefix, file.tensors, kept);
   }
-  write_state_file(path, {.model = detail::model_fingerprint(*model_),
-                          .piece = options_.piece,
-                          .seed = options_.seed,
-                          .log = log_,
-                          .tensors = std::move(views)});
+  write_state_file(path, file);
 }
 
 void Session::restore(const StateFile& file) {
   const c10::InferenceMode guard;
-  NamedTensors mine = place_tensors();
-  if (mine.size() != file.tensors.size()) {
-    throw StateMismatch("the state file has " + std::to_string(file.tensors.size()) +
-                        " tensors, the model's state " + std::to_string(mine.size()));
+  const auto is_present = [&](const StoredCheckpoint& each) {
+    return each.position == file.log.end();
+  };
+  const std::size_t places = 1 + (file.log.start() > 0 ? 1 : 0) + file.checkpoints.size() -
+                             std::ranges::count_if(file.checkpoints, is_present);
+  const std::size_t expected = places * tensors_of(place_).size();
+  if (file.tensors.size() != expected) {
+    throw StateMismatch("the state file has " + std::to_string(file.tensors.size()) + " tensors, " +
+                        std::to_string(places) + " states of the model " +
+                        std::to_string(expected));
   }
-  for (auto& [name, tensor] : mine) tensor = restored(name, tensor, file.tensors);
-  place_.logits = mine.back().second;
-  mine.pop_back();
-  place_.state = nn::LanguageModelState::from_tensors(mine);
+  const auto restored = [&](const std::string& prefix, std::int64_t position,
+                            std::int64_t limited_writes) {
+    return restored_place(place_, prefix, file.tensors, position, limited_writes);
+  };
+  Place place = restored("", file.log.end(), file.limited_writes);
+  if (file.log.start() > 0) {
+    base_ = std::make_shared<const Place>(
+        restored(kBasePrefix, file.log.start(), file.base_limited_writes));
+  }
+  for (std::size_t i = 0; i < file.checkpoints.size(); ++i) {
+    const auto& [position, limited_writes] = file.checkpoints[i];
+    const std::string prefix = checkpoint_prefix(i);
+    journal().add(position, is_present(file.checkpoints[i])
+                                ? place
+                                : restored(prefix, position, limited_writes));
+  }
+  place_ = std::move(place);
   log_ = file.log;
-  generator_ = generator_after(log_, file.seed);
-  if (place_.state.position.item<std::int64_t>() != log_.size()) {
-    throw FileError("state file: malformed: its tensors do not belong to its log");
-  }
+  marks_ = MarkTable::from_entries(file.marks, log_.start(), log_.end());
+  generator_ = log_.generator();
 }
 
 Session Session::load(const std::filesystem::path& path, Model model) {
   const io::MappedFile mapped(path);
   try {
     const StateFile file = parse_state_file(mapped.bytes());
-    Session session(std::move(model), {.piece = file.piece, .seed = file.seed});
+    Session session(std::move(model), {.piece = file.piece,
+                                       .seed = file.log.base().generator.seed,
+                                       .journal_bytes = file.journal_bytes});
     const std::string fingerprint = detail::model_fingerprint(*session.model_);
     if (file.model != fingerprint) {
       throw StateMismatch("the state belongs to another model: its fingerprint is " + file.model +

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <charconv>
 #include <cstring>
 #include <limits>
@@ -27,9 +28,21 @@ constexpr std::size_t kLengthAt = 16;
 constexpr std::size_t kContentAt = 24;
 constexpr std::size_t kSmallest = kContentAt + sizeof(Digest);
 
+constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+constexpr std::int64_t kJournalOfVersion1 = std::int64_t{64} << 20;
+
 constexpr const char* kLogTokens = "log.tokens";
-constexpr const char* kLogCalls = "log.calls";
-constexpr std::size_t kCallFields = 4;
+
+/// A table of integers among the tensors: its name, and how many a row has.
+struct Table {
+  const char* name;
+  std::size_t fields;
+};
+constexpr Table kCalls{"log.calls", 4};
+constexpr Table kStrengths{"log.strengths", 3};
+constexpr Table kMarks{"log.marks", 3};
+constexpr Table kCheckpoints{"log.checkpoints", 2};
+constexpr std::array<Table, 4> kTables = {kCalls, kStrengths, kMarks, kCheckpoints};
 
 [[noreturn]] void refuse(const std::string& why) { throw FileError("state file: " + why); }
 
@@ -94,6 +107,8 @@ void check_version(Bytes bytes) {
   if (version == 0) refuse("malformed: there is no format 0");
 }
 
+bool is_version_1(Bytes bytes) { return load<std::uint32_t>(bytes, kVersionAt) == 1; }
+
 /// What the envelope holds, once everything about the envelope is right.
 Bytes unseal(Bytes bytes) {
   check_magic(bytes);
@@ -134,7 +149,7 @@ std::string_view fingerprint(const io::SafetensorsView& view) {
   return text;
 }
 
-/// The bytes of one of the log's two tensors.
+/// The bytes of one of the log's tensors.
 Bytes log_tensor(const io::SafetensorsView& view, const char* name, io::ScalarType type,
                  std::size_t columns) {
   const io::TensorInfo* info = view.find(name);
@@ -146,57 +161,162 @@ Bytes log_tensor(const io::SafetensorsView& view, const char* name, io::ScalarTy
   return view.bytes(*info);
 }
 
-std::vector<std::byte> pack(std::span<const LogCall> calls) {
-  std::vector<std::byte> out(calls.size() * kCallFields * sizeof(std::uint64_t));
-  for (std::size_t i = 0; i < calls.size(); ++i) {
-    const std::array<std::uint64_t, kCallFields> fields = {
-        static_cast<std::uint64_t>(calls[i].kind), static_cast<std::uint64_t>(calls[i].tokens),
-        calls[i].seed ? 1U : 0U, calls[i].seed.value_or(0)};
-    for (std::size_t j = 0; j < kCallFields; ++j) {
-      store(std::span(out), (i * kCallFields + j) * sizeof(std::uint64_t), fields[j]);
+// ---- tables ------------------------------------------------------------------------------------
+
+using Row = std::array<std::uint64_t, 4>;  // the first fields are used
+
+Row row_of(const LogCall& call) {
+  return {static_cast<std::uint64_t>(call.kind), static_cast<std::uint64_t>(call.tokens),
+          call.seed ? 1U : 0U, call.seed.value_or(0)};
+}
+
+Row row_of(const StrengthSpan& span) {
+  return {static_cast<std::uint64_t>(span.begin), static_cast<std::uint64_t>(span.end),
+          std::bit_cast<std::uint32_t>(span.strength)};
+}
+
+Row row_of(const MarkEntry& entry) {
+  return {entry.mark.id, static_cast<std::uint64_t>(entry.position),
+          static_cast<std::uint64_t>(entry.status)};
+}
+
+Row row_of(const StoredCheckpoint& checkpoint) {
+  return {static_cast<std::uint64_t>(checkpoint.position),
+          static_cast<std::uint64_t>(checkpoint.limited_writes)};
+}
+
+bool is_count(std::uint64_t field) { return field <= static_cast<std::uint64_t>(kMost); }
+
+LogCall call_of(const Row& row) {
+  if (row[0] > 1 || !is_count(row[1]) || row[2] > 1) {
+    refuse("malformed: a call of the log has impossible values");
+  }
+  LogCall call{static_cast<CallKind>(row[0]), static_cast<std::int64_t>(row[1]), {}};
+  if (row[2] == 1) call.seed = row[3];
+  return call;
+}
+
+StrengthSpan strength_of(const Row& row) {
+  if (!is_count(row[0]) || !is_count(row[1]) ||
+      row[2] > std::numeric_limits<std::uint32_t>::max()) {
+    refuse("malformed: a strength of the log has impossible values");
+  }
+  return {static_cast<std::int64_t>(row[0]), static_cast<std::int64_t>(row[1]),
+          std::bit_cast<float>(static_cast<std::uint32_t>(row[2]))};
+}
+
+MarkEntry mark_of(const Row& row) {
+  if (!is_count(row[1]) || row[2] > 2) refuse("malformed: a mark has impossible values");
+  return {{row[0]}, static_cast<std::int64_t>(row[1]), static_cast<MarkStatus>(row[2])};
+}
+
+StoredCheckpoint checkpoint_of(const Row& row) {
+  if (!is_count(row[0]) || !is_count(row[1])) {
+    refuse("malformed: a checkpoint has impossible values");
+  }
+  return {static_cast<std::int64_t>(row[0]), static_cast<std::int64_t>(row[1])};
+}
+
+template <class Items>
+std::vector<std::byte> pack(const Table& table, const Items& items) {
+  std::vector<std::byte> out(std::size(items) * table.fields * sizeof(std::uint64_t));
+  std::size_t at = 0;
+  for (const auto& item : items) {
+    const Row row = row_of(item);
+    for (std::size_t field = 0; field < table.fields; ++field, at += sizeof(std::uint64_t)) {
+      store(std::span(out), at, row[field]);
     }
   }
   return out;
 }
 
-LogCall unpack_call(Bytes record) {
-  const auto field = [&](std::size_t i) { return load<std::uint64_t>(record, i * 8); };
-  if (field(0) > 1 || field(1) > std::numeric_limits<std::int64_t>::max() || field(2) > 1) {
-    refuse("malformed: a call of the log has impossible values");
+template <class Item>
+std::vector<Item> unpack(const io::SafetensorsView& view, const Table& table,
+                         Item (*item_of)(const Row&)) {
+  const Bytes records = log_tensor(view, table.name, io::ScalarType::I64, table.fields);
+  const std::size_t size = table.fields * sizeof(std::uint64_t);
+  std::vector<Item> items;
+  items.reserve(records.size() / size);
+  for (std::size_t at = 0; at < records.size(); at += size) {
+    Row row{};
+    for (std::size_t field = 0; field < table.fields; ++field) {
+      row[field] = load<std::uint64_t>(records, at + field * sizeof(std::uint64_t));
+    }
+    items.push_back(item_of(row));
   }
-  LogCall call{static_cast<CallKind>(field(0)), static_cast<std::int64_t>(field(1)), {}};
-  if (field(2) == 1) call.seed = field(3);
-  return call;
+  return items;
 }
 
-std::vector<LogCall> unpack(Bytes records) {
-  constexpr std::size_t kRecord = kCallFields * sizeof(std::uint64_t);
-  std::vector<LogCall> calls;
-  calls.reserve(records.size() / kRecord);
-  for (std::size_t at = 0; at < records.size(); at += kRecord) {
-    calls.push_back(unpack_call(records.subspan(at, kRecord)));
-  }
-  return calls;
-}
+// ---- the parts ---------------------------------------------------------------------------------
 
-SessionLog parse_log(const io::SafetensorsView& view) {
-  const auto vocabulary = number<std::int64_t>(view, "vocabulary_size", 1, std::int64_t{1} << 32);
-  const std::size_t width = SessionLog(vocabulary).bytes_per_token();
-  const Bytes tokens = log_tensor(view, kLogTokens, io::ScalarType::U8, width);
-  const Bytes calls = log_tensor(view, kLogCalls, io::ScalarType::I64, kCallFields);
-  std::vector<LogCall> unpacked = unpack(calls);
+/// Runs `work`; what it finds wrong is wrong with the file.
+template <class Work>
+auto or_malformed(Work work) {
   try {
-    return SessionLog::from_packed(vocabulary, tokens, std::move(unpacked));
+    return work();
+  } catch (const FileError&) {
+    throw;
   } catch (const Error& error) {
     refuse("malformed: " + std::string(error.what()));
   }
+}
+
+LogBase parse_base(const io::SafetensorsView& view, bool version_1) {
+  LogBase base;
+  base.generator.seed =
+      number<std::uint64_t>(view, "seed", 0, std::numeric_limits<std::uint64_t>::max());
+  if (version_1) return base;
+  base.read = number<std::int64_t>(view, "base_read", 0, kMost);
+  base.written = number<std::int64_t>(view, "base_written", 0, kMost - base.read);
+  base.position = base.read + base.written;
+  base.generator.draws =
+      static_cast<std::uint64_t>(number<std::int64_t>(view, "base_draws", 0, base.written));
+  return base;
+}
+
+SessionLog parse_log(const io::SafetensorsView& view, bool version_1) {
+  const auto vocabulary = number<std::int64_t>(view, "vocabulary_size", 1, std::int64_t{1} << 32);
+  const std::size_t width = SessionLog(vocabulary).bytes_per_token();
+  const Bytes tokens = log_tensor(view, kLogTokens, io::ScalarType::U8, width);
+  const std::vector<LogCall> calls = unpack(view, kCalls, call_of);
+  std::vector<StrengthSpan> strengths;
+  if (!version_1) strengths = unpack(view, kStrengths, strength_of);
+  const LogBase base = parse_base(view, version_1);
+  return or_malformed([&] {
+    return SessionLog::from_packed(vocabulary, tokens, calls, std::move(strengths), base);
+  });
+}
+
+std::vector<MarkEntry> parse_marks(const io::SafetensorsView& view, const SessionLog& log) {
+  std::vector<MarkEntry> marks = unpack(view, kMarks, mark_of);
+  or_malformed([&] { return MarkTable::from_entries(marks, log.start(), log.end()); });
+  return marks;
+}
+
+std::vector<StoredCheckpoint> parse_checkpoints(const io::SafetensorsView& view,
+                                                const SessionLog& log, std::int64_t piece) {
+  std::vector<StoredCheckpoint> checkpoints = unpack(view, kCheckpoints, checkpoint_of);
+  std::int64_t before = -1;
+  for (const auto& [position, limited_writes] : checkpoints) {
+    if (position <= before || !log.is_boundary(position, piece)) {
+      refuse(
+          "malformed: checkpoints must stand in order at boundaries of the log's steps, got one "
+          "at " +
+          std::to_string(position));
+    }
+    before = position;
+  }
+  return checkpoints;
 }
 
 /// All tensors but the log's.
 std::vector<io::TensorData> session_tensors(const io::SafetensorsView& view) {
   std::vector<io::TensorData> tensors;
   for (const io::TensorInfo& info : view.tensors()) {
-    if (info.name == kLogTokens || info.name == kLogCalls) continue;
+    const bool of_log =
+        info.name == kLogTokens ||
+        std::ranges::any_of(kTables, [&](const Table& t) { return info.name == t.name; });
+    if (of_log) continue;
     tensors.push_back({info.name, info.type, info.shape, view.bytes(info)});
   }
   return tensors;
@@ -220,31 +340,56 @@ std::vector<std::byte> seal_state_file(std::span<const std::byte> content, std::
 }  // namespace detail
 
 std::vector<std::byte> serialize_state_file(const StateFile& file) {
-  const auto width = static_cast<std::int64_t>(file.log.bytes_per_token());
-  const std::vector<std::byte> calls = pack(file.log.calls());
+  const SessionLog& log = file.log;
+  const std::vector<std::byte> tokens = log.packed();
+  const std::array<std::vector<std::byte>, 4> tables = {
+      pack(kCalls, log.calls()), pack(kStrengths, log.strengths()), pack(kMarks, file.marks),
+      pack(kCheckpoints, file.checkpoints)};
   std::vector<io::TensorData> tensors = file.tensors;
-  tensors.push_back({kLogTokens, io::ScalarType::U8, {file.log.size(), width}, file.log.packed()});
-  tensors.push_back({kLogCalls,
-                     io::ScalarType::I64,
-                     {std::ssize(file.log.calls()), std::int64_t{kCallFields}},
-                     calls});
+  tensors.push_back({kLogTokens,
+                     io::ScalarType::U8,
+                     {log.size(), static_cast<std::int64_t>(log.bytes_per_token())},
+                     tokens});
+  for (std::size_t i = 0; i < kTables.size(); ++i) {
+    const auto fields = static_cast<std::int64_t>(kTables[i].fields);
+    const std::int64_t rows = std::ssize(tables[i]) / (fields * 8);
+    tensors.push_back({kTables[i].name, io::ScalarType::I64, {rows, fields}, tables[i]});
+  }
   const io::Metadata metadata = {
       {"model", file.model},
-      {"vocabulary_size", std::to_string(file.log.vocabulary_size())},
+      {"vocabulary_size", std::to_string(log.vocabulary_size())},
       {"piece", std::to_string(file.piece)},
-      {"seed", std::to_string(file.seed)},
+      {"journal_bytes", std::to_string(file.journal_bytes)},
+      {"limited_writes", std::to_string(file.limited_writes)},
+      {"seed", std::to_string(log.base().generator.seed)},
+      {"base_read", std::to_string(log.base().read)},
+      {"base_written", std::to_string(log.base().written)},
+      {"base_draws", std::to_string(log.base().generator.draws)},
+      {"base_limited_writes", std::to_string(file.base_limited_writes)},
   };
   return detail::seal_state_file(io::serialize_safetensors(tensors, metadata));
 }
 
 StateFile parse_state_file(std::span<const std::byte> bytes) {
   const Bytes content = unseal(bytes);
+  const bool version_1 = is_version_1(bytes);
   const auto view = io::SafetensorsView::parse(content, "state file: malformed");
-  return {.model = std::string(fingerprint(view)),
-          .piece = number<std::int64_t>(view, "piece", 1, std::numeric_limits<std::int64_t>::max()),
-          .seed = number<std::uint64_t>(view, "seed", 0, std::numeric_limits<std::uint64_t>::max()),
-          .log = parse_log(view),
-          .tensors = session_tensors(view)};
+  const auto count = [&](const char* key, std::int64_t of_version_1) {
+    return version_1 ? of_version_1 : number<std::int64_t>(view, key, 0, kMost);
+  };
+  StateFile file{.model = std::string(fingerprint(view)),
+                 .piece = number<std::int64_t>(view, "piece", 1, kMost),
+                 .journal_bytes = count("journal_bytes", kJournalOfVersion1),
+                 .limited_writes = count("limited_writes", 0),
+                 .base_limited_writes = count("base_limited_writes", 0),
+                 .log = parse_log(view, version_1),
+                 .marks = {},
+                 .checkpoints = {},
+                 .tensors = session_tensors(view)};
+  if (version_1) return file;
+  file.marks = parse_marks(view, file.log);
+  file.checkpoints = parse_checkpoints(view, file.log, file.piece);
+  return file;
 }
 
 void write_state_file(const std::filesystem::path& path, const StateFile& file) {

@@ -31,7 +31,13 @@ void check(Bytes file) {
   const std::vector<std::byte> written = serialize_state_file(*state);
   const StateFile again = parse_state_file(written);
   require(again.model == state->model, "the fingerprint survives writing");
-  require(again.piece == state->piece && again.seed == state->seed, "options survive writing");
+  require(again.piece == state->piece && again.journal_bytes == state->journal_bytes,
+          "options survive writing");
+  require(again.limited_writes == state->limited_writes &&
+              again.base_limited_writes == state->base_limited_writes,
+          "counts survive writing");
+  require(again.marks == state->marks, "marks survive writing");
+  require(again.checkpoints == state->checkpoints, "checkpoints survive writing");
   require(again.log == state->log, "the log survives writing");
   require(serialize_state_file(again) == written, "what is written is a function of the content");
 }

@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -181,6 +182,80 @@ TEST_CASE("branches that are switched off stay off, and keep their state", "[dec
     CHECK(errors.logits < 1e-5);
     CHECK(errors.state < 1e-5);
   }
+}
+
+TEST_CASE("what is changed in a model is seen by the next token", "[decoder]") {
+  const auto model = make_model(base_config());
+  Session session(model);
+  session.write({.max_tokens = 5});
+  const auto compare_next = [&] {
+    REQUIRE(session.fused());
+    const auto before = session.state();
+    fastweights::nn::NamedTensors tensors(before.begin(), before.end());
+    std::erase_if(tensors, [](const auto& each) {
+      return each.first == "logits" || each.first == "generator";
+    });
+    const auto state = fastweights::nn::LanguageModelState::from_tensors(tensors);
+    const auto text = session.write({.max_tokens = 1});
+    const auto token = static_cast<std::int64_t>(static_cast<unsigned char>(text[0]));
+    const at::NoGradGuard no_gradient;
+    const auto output = model->forward(at::tensor({token}).unsqueeze(0), state, {});
+    CHECK(error(session.logits(), output.logits.flatten()) < 1e-5);
+    const auto after = session.state();
+    for (const auto& [name, tensor] : output.state.tensors()) {
+      INFO(name);
+      for (const auto& [other, value] : after) {
+        if (other == name) CHECK(error(value, tensor) < 1e-5);
+      }
+    }
+  };
+  SECTION("a switch") {
+    model->enable_memory(false);
+    compare_next();
+    model->enable_memory(true);
+    model->blocks[1]->attention_enabled = false;
+    compare_next();
+    model->enable_attention(true);
+    compare_next();
+  }
+  SECTION("a vector, in place") {
+    const at::NoGradGuard no_gradient;
+    model->norm->weight.mul_(-2.0);
+    compare_next();
+  }
+  SECTION("a vector, by another tensor") {
+    model->blocks[0]->memory->dt_bias.set_data(at::full_like(model->blocks[0]->memory->dt_bias, 3));
+    compare_next();
+  }
+  SECTION("a matrix, by another tensor") {
+    auto& weight = model->blocks[0]->feed_forward->up->weight;
+    weight.set_data(at::randn_like(weight));
+    compare_next();
+  }
+  SECTION("a module, by one that does not fit") {
+    auto& up = model->blocks[0]->feed_forward->up;
+    up = model->blocks[0]->feed_forward->replace_module(
+        "up", torch::nn::Linear(torch::nn::LinearOptions(64, 96).bias(true)));
+    CHECK_FALSE(session.fused());
+    session.write({.max_tokens = 2});
+  }
+}
+
+TEST_CASE("sessions on many threads ask for one model's kernels at once", "[decoder]") {
+  const auto model = make_model(base_config());
+  const auto run = [&](std::uint64_t seed) {
+    at::set_num_threads(1);
+    Session session(model, {.seed = seed});
+    return session.write({.max_tokens = 40});
+  };
+  std::vector<std::string> together(6);
+  std::vector<std::thread> workers;
+  for (std::uint64_t seed = 0; seed < 6; ++seed) {
+    workers.emplace_back([&, seed] { together[seed] = run(seed); });
+  }
+  for (std::thread& worker : workers) worker.join();
+  const Threads restore(at::get_num_threads());
+  for (std::uint64_t seed = 0; seed < 6; ++seed) CHECK(run(seed) == together[seed]);
 }
 
 TEST_CASE("a session writes the same bits on any number of threads", "[decoder]") {

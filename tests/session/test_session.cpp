@@ -20,6 +20,7 @@
 #include "fastweights/core/error.hpp"
 #include "fastweights/nn/language_model.hpp"
 #include "fastweights/session/session.hpp"
+#include "small_session.hpp"
 
 namespace fs = std::filesystem;
 using Catch::Approx;
@@ -32,52 +33,14 @@ using fastweights::FileError;
 using fastweights::LogCall;
 using fastweights::Session;
 using fastweights::StateMismatch;
-using Model = std::shared_ptr<const fastweights::nn::LanguageModelImpl>;
+using fastweights::test::Model;
+using fastweights::test::noise;
+using fastweights::test::random_model;
+using fastweights::test::same_bits;
+using fastweights::test::small_config;
+using fastweights::test::TemporaryFolder;
 
 namespace {
-
-fastweights::nn::LanguageModelConfig small_config() {
-  fastweights::nn::LanguageModelConfig config;
-  config.width = 32;
-  config.layers = 2;
-  config.feed_forward_width = 64;
-  config.attention_heads = 2;
-  config.attention_window = 16;
-  config.memory_heads = 2;
-  config.memory_value_heads = 2;
-  config.memory_key_size = 16;
-  config.memory_value_size = 16;
-  config.initializer_range = 0.3;  // so that predictions are far from uniform
-  return config;
-}
-
-Model random_model(std::uint64_t seed = 1,
-                   const fastweights::nn::LanguageModelConfig& config = small_config()) {
-  torch::manual_seed(seed);
-  auto model = std::make_shared<fastweights::nn::LanguageModelImpl>(config);
-  model->eval();
-  for (at::Tensor& parameter : model->parameters()) parameter.requires_grad_(false);
-  return model;
-}
-
-/// Bytes of all values, without a pattern that a model could know.
-std::string noise(std::size_t size, std::uint32_t seed = 1) {
-  std::string text;
-  for (std::uint32_t x = seed; text.size() < size;) {
-    x = x * 1664525U + 1013904223U;
-    text += static_cast<char>(x >> 24);
-  }
-  return text;
-}
-
-bool same_bits(const Session& a, const Session& b) {
-  const auto left = a.state();
-  const auto right = b.state();
-  return std::ranges::equal(left, right, [](const auto& x, const auto& y) {
-    return x.first == y.first && x.second.dtype() == y.second.dtype() &&
-           at::equal(x.second, y.second);
-  });
-}
 
 /// Root mean square of the difference over that of `b`, the worst of all tensors.
 double distance(const Session& a, const Session& b) {
@@ -91,30 +54,6 @@ double distance(const Session& a, const Session& b) {
   }
   return worst;
 }
-
-/// A folder that is gone with the object.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (fs::temp_directory_path() / "fastweights-XXXXXX").string();
-    REQUIRE(mkdtemp(name.data()) != nullptr);
-    path_ = name;
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  fs::path operator/(const char* name) const { return path_ / name; }
-  std::size_t files() const {
-    return static_cast<std::size_t>(
-        std::distance(fs::directory_iterator(path_), fs::directory_iterator()));
-  }
-
- private:
-  fs::path path_;
-};
 
 /// While it lives, files of this process cannot grow beyond `bytes`, as on a full disk.
 class FileSizeLimit {

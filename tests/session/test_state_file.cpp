@@ -31,11 +31,19 @@ const std::vector<std::int64_t> kPosition{6};
 StateFile example() {
   StateFile file{.model = "0123456789abcdef0123456789abcdef",
                  .piece = 512,
-                 .seed = 0xFFFFFFFFFFFFFFFFU,
-                 .log = fastweights::SessionLog(256),
+                 .journal_bytes = 1 << 20,
+                 .limited_writes = 9,
+                 .base_limited_writes = 2,
+                 .log = fastweights::SessionLog(256, {7, 4, 3, {0xFFFFFFFFFFFFFFFFU, 3}}),
+                 .marks = {},
+                 .checkpoints = {{7, 2}, {12, 9}},
                  .tensors = {}};
   file.log.start_call(CallKind::kRead, std::vector<std::int64_t>{104, 101, 255, 0});
   file.log.start_call(CallKind::kWritten, std::vector<std::int64_t>{33, 34}, 77);
+  file.log.set_strength(9, 11, 0.25F);
+  file.marks = {{{0xFFFFFFFFFFFFFFFFU}, 3, fastweights::MarkStatus::kCommitted},
+                {{1}, 8, fastweights::MarkStatus::kValid},
+                {{2}, 13, fastweights::MarkStatus::kValid}};
   file.tensors.push_back(
       {"logits", io::ScalarType::F32, {2, 3}, std::as_bytes(std::span(kValues))});
   file.tensors.push_back(
@@ -49,17 +57,39 @@ struct Forgery {
   io::Metadata metadata = {{"model", "0123456789abcdef0123456789abcdef"},
                            {"vocabulary_size", "256"},
                            {"piece", "512"},
-                           {"seed", "1"}};
+                           {"journal_bytes", "1000"},
+                           {"limited_writes", "0"},
+                           {"seed", "1"},
+                           {"base_read", "0"},
+                           {"base_written", "0"},
+                           {"base_draws", "0"},
+                           {"base_limited_writes", "0"}};
   std::vector<std::uint8_t> tokens = {104, 101, 255};
   std::vector<std::int64_t> tokens_shape = {3, 1};
   std::vector<std::int64_t> calls = {0, 2, 0, 0, 1, 1, 1, 77};
   std::vector<std::int64_t> calls_shape = {2, 4};
+  std::vector<std::int64_t> strengths = {};
+  std::vector<std::int64_t> marks = {};
+  std::vector<std::int64_t> checkpoints = {};
+  std::uint32_t version = 2;
 
   Buffer file() const {
+    const auto table = [](const char* name, const std::vector<std::int64_t>& rows,
+                          std::int64_t fields) {
+      return io::TensorData{name,
+                            io::ScalarType::I64,
+                            {std::ssize(rows) / fields, fields},
+                            std::as_bytes(std::span(rows))};
+    };
     const std::vector<io::TensorData> tensors = {
         {"log.tokens", io::ScalarType::U8, tokens_shape, std::as_bytes(std::span(tokens))},
-        {"log.calls", io::ScalarType::I64, calls_shape, std::as_bytes(std::span(calls))}};
-    return seal_state_file(io::serialize_safetensors(tensors, metadata));
+        {"log.calls", io::ScalarType::I64, calls_shape, std::as_bytes(std::span(calls))},
+        table("log.strengths", strengths, 3),
+        table("log.marks", marks, 3),
+        table("log.checkpoints", checkpoints, 2)};
+    const std::size_t known = version == 1 ? 2 : tensors.size();
+    return seal_state_file(io::serialize_safetensors(std::span(tensors).first(known), metadata),
+                           version);
   }
 
   static Forgery with(const std::string& key, const std::string& value) {
@@ -88,8 +118,12 @@ TEST_CASE("a state file gives back what was put in", "[state_file]") {
   const StateFile again = parse_state_file(bytes);
   CHECK(again.model == file.model);
   CHECK(again.piece == file.piece);
-  CHECK(again.seed == file.seed);
+  CHECK(again.journal_bytes == file.journal_bytes);
+  CHECK(again.limited_writes == file.limited_writes);
+  CHECK(again.base_limited_writes == file.base_limited_writes);
   CHECK(again.log == file.log);
+  CHECK((again.marks == file.marks));
+  CHECK((again.checkpoints == file.checkpoints));
   REQUIRE(again.tensors.size() == file.tensors.size());
   for (const io::TensorData& tensor : file.tensors) {
     const auto same = [&](const io::TensorData& other) {
@@ -133,9 +167,9 @@ TEST_CASE("a refusal says what is wrong", "[state_file]") {
   check_refused(longer, "altered");
 
   Buffer newer = bytes;
-  newer[8] = std::byte{2};
+  newer[8] = std::byte{3};
   check_refused(newer, "altered");  // damage, since a newer version would be sealed too
-  check_refused(seal_state_file({}, 2), "newer version: format 2");
+  check_refused(seal_state_file({}, 3), "newer version: format 3");
   check_refused(seal_state_file({}, 0), "no format 0");
 }
 
@@ -154,7 +188,18 @@ TEST_CASE("forged metadata are refused", "[state_file]") {
   check_refused(Forgery::with("vocabulary_size", "0").file(), "vocabulary_size");
   check_refused(Forgery::with("vocabulary_size", "257").file(), "log.tokens");  // two bytes each
   check_refused(Forgery::with("vocabulary_size", "200").file(), "must be below 200");
-  for (const char* key : {"model", "vocabulary_size", "piece", "seed"}) {
+  check_refused(Forgery::with("journal_bytes", "-1").file(), "journal_bytes");
+  check_refused(Forgery::with("limited_writes", "x").file(), "limited_writes");
+  check_refused(Forgery::with("base_read", "-1").file(), "base_read");
+  check_refused(Forgery::with("base_draws", "1").file(), "base_draws");
+  Forgery committed;
+  committed.metadata["base_read"] = "9223372036854775807";
+  check_refused(committed.file(), "positions are too large");
+  committed.metadata["base_written"] = "1";
+  check_refused(committed.file(), "base_written");
+  for (const char* key :
+       {"model", "vocabulary_size", "piece", "journal_bytes", "limited_writes", "seed", "base_read",
+        "base_written", "base_draws", "base_limited_writes"}) {
     Forgery forgery;
     forgery.metadata.erase(key);
     check_refused(forgery.file(), "`" + std::string(key) + "` is missing");
@@ -177,6 +222,65 @@ TEST_CASE("a forged log is refused", "[state_file]") {
   Forgery wide;
   wide.tokens_shape = {1, 3};
   check_refused(wide.file(), "log.tokens");
+}
+
+TEST_CASE("forged strengths, marks and checkpoints are refused", "[state_file]") {
+  const auto strengths = [](std::vector<std::int64_t> rows) {
+    Forgery forgery;
+    forgery.strengths = std::move(rows);
+    return forgery.file();
+  };
+  const std::int64_t half = 0x3F000000;  // 0.5
+  CHECK_NOTHROW(parse_state_file(strengths({0, 2, half})));
+  check_refused(strengths({0, 4, half}), "no span in order");
+  check_refused(strengths({2, 3, half, 0, 1, half}), "no span in order");
+  check_refused(strengths({-1, 2, half}), "impossible");
+  check_refused(strengths({0, 2, -1}), "impossible");
+  check_refused(strengths({0, 2, 0x7FC00000}), "must be in [0, 2]");  // NaN
+  check_refused(strengths({0, 2, 0x40200000}), "must be in [0, 2]");  // 2.5
+  check_refused(strengths({0, 2, 0x3F800000}), "shortest form");      // 1
+
+  const auto marks = [](std::vector<std::int64_t> rows) {
+    Forgery forgery;
+    forgery.marks = std::move(rows);
+    return forgery.file();
+  };
+  CHECK_NOTHROW(parse_state_file(marks({-5, 3, 0, 6, 100, 1})));
+  check_refused(marks({5, 4, 0}), "position of a mark");
+  check_refused(marks({5, 3, 0, 6, 2, 0}), "position of a mark");
+  check_refused(marks({5, 1, 0, 5, 2, 0}), "twice");
+  check_refused(marks({5, 1, 3}), "impossible");
+  check_refused(marks({5, -1, 0}), "impossible");
+
+  const auto checkpoints = [](std::vector<std::int64_t> rows) {
+    Forgery forgery;
+    forgery.checkpoints = std::move(rows);
+    return forgery.file();
+  };
+  CHECK_NOTHROW(parse_state_file(checkpoints({0, 0, 2, 5, 3, 5})));
+  check_refused(checkpoints({1, 0}), "at boundaries");
+  check_refused(checkpoints({4, 0}), "at boundaries");
+  check_refused(checkpoints({2, 0, 2, 0}), "in order");
+  check_refused(checkpoints({-2, 0}), "impossible");
+  check_refused(checkpoints({2, -1}), "impossible");
+}
+
+TEST_CASE("files of version 1 are still read", "[state_file]") {
+  Forgery old;
+  old.version = 1;
+  old.metadata = {{"model", "0123456789abcdef0123456789abcdef"},
+                  {"vocabulary_size", "256"},
+                  {"piece", "512"},
+                  {"seed", "1"}};
+  const Buffer bytes = old.file();
+  const StateFile file = parse_state_file(bytes);
+  CHECK(file.log.end() == 3);
+  CHECK(file.log.base().generator == fastweights::Generator{1, 0});
+  CHECK(file.journal_bytes == 64 << 20);
+  CHECK(file.marks.empty());
+  CHECK(file.checkpoints.empty());
+  const Buffer now = serialize_state_file(file);
+  CHECK(parse_state_file(now).log == file.log);
 }
 
 TEST_CASE("content that is no safetensors file is refused", "[state_file]") {

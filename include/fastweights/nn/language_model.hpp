@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -34,6 +35,26 @@ struct ForwardOptions {
 struct LanguageModelOutput {
   at::Tensor logits;  ///< [B, T, vocabulary], at least fp32; undefined if not wanted
   LanguageModelState state;
+};
+
+/// Where others keep what they derive from a model, for as long as the model lives: its sessions
+/// the kernels that they write with. Copies of the model start with an empty one.
+class DerivedSlot {
+ public:
+  DerivedSlot() = default;
+  DerivedSlot(const DerivedSlot&) {}
+  DerivedSlot& operator=(const DerivedSlot&) { return *this; }
+
+  /// Calls `use(pointer)` with what is kept, which it may replace; one thread at a time.
+  template <class Use>
+  auto with(Use&& use) const {
+    const std::lock_guard lock(mutex_);
+    return use(kept_);
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::shared_ptr<const void> kept_;
 };
 
 /// A language model whose blocks join windowed attention and fast-weight memories. It carries all
@@ -79,6 +100,9 @@ class LanguageModelImpl : public torch::nn::Cloneable<LanguageModelImpl> {
   /// of training; undefined where all do.
   at::Tensor draw_memory_keep(int64_t batch) const;
 
+  /// For the code that runs this model.
+  const DerivedSlot& derived() const { return derived_; }
+
   torch::nn::Embedding embedding{nullptr};
   std::vector<Block> blocks;
   RMSNorm norm{nullptr};
@@ -93,6 +117,7 @@ class LanguageModelImpl : public torch::nn::Cloneable<LanguageModelImpl> {
                      const HeadState& before, const ForwardOptions& options, HeadState& next) const;
 
   LanguageModelConfig config_;
+  DerivedSlot derived_;
 };
 TORCH_MODULE(LanguageModel);
 

@@ -15,6 +15,7 @@
 #include "fastweights/nn/state.hpp"
 #include "fastweights/session/generator.hpp"
 #include "fastweights/session/log.hpp"
+#include "fastweights/session/mark.hpp"
 #include "fastweights/session/sampling.hpp"
 
 namespace fastweights {
@@ -27,19 +28,20 @@ class LanguageModelImpl;
 
 namespace detail {
 
-class Decoder;
+class Journal;
 
 /// A place in a text, and all that decides what comes next there. Nothing writes into the tensors
 /// of a session between its calls, so copies share them.
 struct Place {
   nn::LanguageModelState state;
-  at::Tensor logits;  ///< of the next token: fp32 [vocabulary]
+  at::Tensor logits;                ///< of the next token: fp32 [vocabulary]
+  std::int64_t limited_writes = 0;  ///< β that were limited to the stable range up to here
 };
 
 }  // namespace detail
 
 /// Called between pieces with the tokens done and in all; false stops the call, which then throws
-/// Cancelled. What was done so far stays done.
+/// Cancelled. What was read so far stays read; an edit of the log leaves no trace.
 using Progress = std::function<bool(std::int64_t done, std::int64_t total)>;
 
 /// Fixed for the life of a session.
@@ -49,6 +51,34 @@ struct SessionOptions {
   std::int64_t piece = 1024;
   /// Seed of the generator that `write` draws from until it is given another one.
   std::uint64_t seed = 0;
+  /// Bytes of tensors that may be kept to make going back cheap; 0: an edit replays the whole log.
+  std::int64_t journal_bytes = std::int64_t{64} << 20;
+};
+
+/// A place in a session's text: a mark, or a position.
+class TextPoint {
+ public:
+  TextPoint(Mark mark) : mark_(mark) {}
+  TextPoint(std::int64_t position) : position_(position) {}
+
+ private:
+  friend class Session;
+  std::optional<Mark> mark_;
+  std::int64_t position_ = 0;
+};
+
+/// What a session did and holds; see `Session::report`.
+struct SessionReport {
+  std::int64_t read = 0;              ///< tokens read since the session began
+  std::int64_t written = 0;           ///< tokens written
+  std::int64_t committed = 0;         ///< of both, those that commit() took out of the log
+  std::int64_t checkpoints = 0;       ///< places that going back can start from
+  std::int64_t checkpoint_bytes = 0;  ///< of their tensors; copies of a session share them
+  std::int64_t log_bytes = 0;         ///< of tokens, calls and strengths; copies share them too
+  std::int64_t marks = 0;             ///< that are valid
+  /// β that feedback would have raised beyond 2 and that were limited, over all layers, heads and
+  /// tokens of the session's present text.
+  std::int64_t limited_writes = 0;
 };
 
 /// What `Session::write` writes, and when it stops.
@@ -71,12 +101,16 @@ struct WriteOptions {
 ///
 /// A session owns fast weights, attention window and generator; the model is constant and may be
 /// shared by any number of sessions on any number of threads. One session is used by one thread at
-/// a time. A session is a log of what was read and written: everything else is a function of model
-/// and log, the same bits on one machine, build and number of threads.
+/// a time. A session is a log of what was read and written, and of how strongly it was learned:
+/// everything else is a function of model and log, the same bits on one machine, build and number
+/// of threads. `rollback`, `feedback`, `revoke` edit the log and replay it from the nearest
+/// checkpoint; afterwards the session is, bit for bit, one that was driven that way from the start.
+/// An edit that is cancelled or fails leaves the session as it was.
 ///
 /// Memory is constant but for the log, which takes a byte per token (with a vocabulary of 256) and
 /// a few bytes per call. If a call throws, the session is valid and holds what was processed up to
-/// the last complete step. Copies are independent and share what neither has changed.
+/// the last complete step. Copies are independent and share what neither has changed: a copy costs
+/// what differs.
 class Session {
  public:
   /// An empty session. Throws Error if the model is in training mode or its vocabulary is not that
@@ -101,6 +135,60 @@ class Session {
   /// If `on_token` throws, the session holds what was written until then.
   std::string write(const WriteOptions& options = {});
 
+  /// Marks this place: a name for the present position that moves along when what comes before it
+  /// is revoked. Valid until `commit`, or a rollback to before it; then its use is an Error that
+  /// says so, as is the use of another session's mark. Copies inherit marks; files keep them.
+  Mark mark();
+
+  /// Where a mark stands; throws Error if it is not valid.
+  std::int64_t position(const Mark& mark) const { return marks_.position(mark); }
+
+  /// The valid marks, in order of their positions.
+  std::vector<Mark> marks() const;
+
+  /// Goes back: afterwards the session is one that read and wrote nothing after `to`, which may lie
+  /// inside a call, a piece or a write. Marks behind it are not valid any more. Throws Error if it
+  /// lies before what was committed or beyond the end.
+  void rollback(TextPoint to, const Progress& progress = {});
+
+  /// Sets how strongly what followed `since` was learned: afterwards the session is one in which
+  /// every β and η of these tokens was multiplied by `r` (limited to 2, the stable range; the
+  /// report counts how often) and every g by min(r, 1). It sets, it does not compose: 1 gives the
+  /// bits that there were. With 0 the text passed the attention window and left no write. Only
+  /// under another strength than 1 are written tokens processed like read ones, in pieces. Throws
+  /// Error unless 0 ≤ r ≤ 2.
+  void feedback(TextPoint since, float r, const Progress& progress = {});
+
+  /// The same for the tokens from `from` to before `to`.
+  void feedback(TextPoint from, TextPoint to, float r, const Progress& progress = {});
+
+  /// Feedback with a correction, in one call: what followed `since` gets the strength `r`, and
+  /// `better` is read, and learned, in its place. What followed stays in the attention window, and
+  /// `better` comes after it: feedback(since, r) and read(better), but if it fails neither has
+  /// happened. To take the text out of the window too, roll back and read.
+  void correct(TextPoint since, std::string_view better, float r = 0.0F,
+               const Progress& progress = {});
+
+  /// Takes out the tokens from `from` to before `to`: afterwards the session is one that never read
+  /// them, but did read what came after them, with the calls' other boundaries where they were.
+  /// Later positions and marks move along; marks among the tokens stand where they began.
+  void revoke(TextPoint from, TextPoint to, const Progress& progress = {});
+
+  /// Makes what happened so far final: tensors, position and generator stay, the log before this
+  /// place is gone, and no mark is valid any more.
+  void commit();
+
+  /// A copy that goes its own way.
+  Session fork() const { return *this; }
+
+  SessionReport report() const;
+
+  /// The session that has this log: replays all of it. Options but `seed` count, which is the
+  /// log's. Throws Error if the log's beginning was committed, or its vocabulary is not the
+  /// model's.
+  static Session from_log(std::shared_ptr<const nn::LanguageModelImpl> model, const SessionLog& log,
+                          const SessionOptions& options = {}, const Progress& progress = {});
+
   /// Logits of the next token, fp32 [vocabulary] on the CPU, a copy; all 0 in a fresh session,
   /// which so predicts its first byte uniformly.
   at::Tensor logits() const;
@@ -110,8 +198,8 @@ class Session {
   /// `generator` (int64 [2]: the bits of its seed, and its draws) and `logits`.
   nn::NamedTensors state() const;
 
-  /// Tokens read and written so far.
-  std::int64_t position() const { return log_.size(); }
+  /// Tokens read and written so far, without those that were rolled back or revoked.
+  std::int64_t position() const { return log_.end(); }
 
   /// What was read and written.
   const SessionLog& log() const { return log_; }
@@ -119,10 +207,11 @@ class Session {
   /// Whether `write` runs on the fused kernels: the model is on the CPU, in fp32 or bf16, and its
   /// modules are what its configuration says. Otherwise the modules themselves are called, with the
   /// same results up to rounding.
-  bool fused() const { return decoder_ != nullptr; }
+  bool fused() const;
 
   /// Saves the session in a file that only its owner can read, bound to the model. The file holds
-  /// everything that was read. Throws FileError; then whatever stood at `path` is untouched.
+  /// everything that was read, the marks and the checkpoints. Throws FileError; then whatever stood
+  /// at `path` is untouched.
   void save(const std::filesystem::path& path) const;
 
   /// A session that goes on exactly like the one that was saved. Throws FileError if the file is
@@ -138,15 +227,21 @@ class Session {
                                         const at::Tensor& before, const at::Tensor& rows)>;
 
   void read_pieces(std::string_view text, const Progress& progress, const AfterPiece& after);
-  nn::NamedTensors place_tensors() const;
   void restore(const StateFile& file);
+  std::int64_t resolve(const TextPoint& point, const char* name) const;
+  void check_order(std::int64_t from, std::int64_t to) const;
+  void edit(SessionLog log, MarkTable marks, std::int64_t unchanged, const Progress& progress);
+  detail::Place base_place() const;
+  detail::Journal& journal();
 
   std::shared_ptr<const nn::LanguageModelImpl> model_;
-  std::shared_ptr<const detail::Decoder> decoder_;  // null where the modules are called
   SessionOptions options_;
   detail::Place place_;
+  std::shared_ptr<const detail::Place> base_;  // where the log begins; null: a fresh session
+  std::shared_ptr<detail::Journal> journal_;
   Generator generator_;
   SessionLog log_;
+  MarkTable marks_;
 };
 
 }  // namespace fastweights

@@ -8,9 +8,21 @@
 ///     24      the content, a safetensors file
 ///     -16     XXH3-128 of every byte before it, in canonical (big-endian) form
 ///
-/// The content's metadata are `model` (its fingerprint), `vocabulary_size`, `piece` and `seed`, in
-/// decimal; its tensors are those of the session, and the log's two: `log.tokens`, U8 [tokens,
-/// bytes per token], and `log.calls`, I64 [calls, 4]: kind, tokens, has a seed, the seed's bits.
+/// The content's metadata are `model` (its fingerprint) and, in decimal, `vocabulary_size`,
+/// `piece`, `journal_bytes`, `limited_writes`, `seed`, and what was committed: `base_read`,
+/// `base_written`, `base_draws` (of the generator whose seed is `seed`), `base_limited_writes`. Its
+/// tensors:
+///
+///     layers.N.…, position, logits   the session's
+///     base.…                         the same where its log begins, if something was committed
+///     checkpoints.I.…                the same at checkpoint I, but not if that is the present
+///     log.tokens                     U8 [tokens, bytes per token]
+///     log.calls                      I64 [calls, 4]: kind, tokens, has a seed, the seed's bits
+///     log.strengths                  I64 [spans, 3]: begin, end, the bits of the strength (fp32)
+///     log.marks                      I64 [marks, 3]: the number's bits, position, status
+///     log.checkpoints                I64 [checkpoints, 2]: position, limited writes
+///
+/// Version 1 has no strengths, marks and checkpoints, and nothing is committed; it is still read.
 ///
 /// The envelope keeps its meaning in every version, so that damage can be told from a version that
 /// is too new. The checksum detects damage, not forgery: whatever it says, sizes are checked
@@ -26,19 +38,32 @@
 
 #include "fastweights/io/safetensors.hpp"
 #include "fastweights/session/log.hpp"
+#include "fastweights/session/mark.hpp"
 
 namespace fastweights {
 
 /// The newest format version, the one that is written.
-inline constexpr std::uint32_t kStateFileVersion = 1;
+inline constexpr std::uint32_t kStateFileVersion = 2;
+
+/// A checkpoint in a state file.
+struct StoredCheckpoint {
+  std::int64_t position = 0;
+  std::int64_t limited_writes = 0;
+
+  bool operator==(const StoredCheckpoint&) const = default;
+};
 
 /// The content of a state file.
 struct StateFile {
-  std::string model;       ///< fingerprint of the model it belongs to: 32 hexadecimal digits
-  std::int64_t piece = 0;  ///< tokens that a read processes at once
-  std::uint64_t seed = 0;  ///< the seed of the session's first generator
+  std::string model;                     ///< fingerprint of its model: 32 hexadecimal digits
+  std::int64_t piece = 0;                ///< tokens that a read processes at once
+  std::int64_t journal_bytes = 0;        ///< budget of the checkpoints
+  std::int64_t limited_writes = 0;       ///< see SessionReport
+  std::int64_t base_limited_writes = 0;  ///< the same where the log begins
   SessionLog log;
-  std::vector<io::TensorData> tensors;  ///< views of bytes that somebody else keeps
+  std::vector<MarkEntry> marks;
+  std::vector<StoredCheckpoint> checkpoints;  ///< in order, at boundaries of the log's steps
+  std::vector<io::TensorData> tensors;        ///< views of bytes that somebody else keeps
 };
 
 /// The file as bytes. Throws Error if a tensor's name is there twice or is one of the log's, and

@@ -1,0 +1,57 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "fastweights/session/session.hpp"
+
+namespace fastweights::detail {
+
+/// A session as it stood at one position of its log.
+struct Checkpoint {
+  std::int64_t position = 0;
+  Place place;
+  std::int64_t bytes = 0;
+};
+
+/// Checkpoints within a budget of bytes, in order of their positions. Copies share them.
+///
+/// When they exceed the budget, one goes: that whose absence leaves the smallest gap, measured
+/// against how far back the gap begins. So spacing grows in proportion to the distance from the
+/// present.
+class Journal {
+ public:
+  explicit Journal(std::int64_t budget) : budget_(budget) {}
+
+  /// Adds a checkpoint behind all others; one at the same position is kept as it is.
+  void add(std::int64_t position, const Place& place);
+  /// Drops those at which `keep(position)` is false.
+  template <class Keep>
+  void keep_if(Keep keep) {
+    std::erase_if(checkpoints_, [&](const auto& each) {
+      const bool gone = !keep(each->position);
+      bytes_ -= gone ? each->bytes : 0;
+      return gone;
+    });
+  }
+  /// The last one; null if there is none.
+  const Checkpoint* last() const {
+    return checkpoints_.empty() ? nullptr : checkpoints_.back().get();
+  }
+
+  std::int64_t budget() const { return budget_; }
+  /// Bytes of the tensors of all checkpoints, each counted where it stands.
+  std::int64_t bytes() const { return bytes_; }
+  const std::vector<std::shared_ptr<const Checkpoint>>& checkpoints() const { return checkpoints_; }
+
+ private:
+  std::size_t least_needed() const;
+
+  std::int64_t budget_;
+  std::int64_t bytes_ = 0;
+  std::vector<std::shared_ptr<const Checkpoint>> checkpoints_;
+};
+
+}  // namespace fastweights::detail

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <catch2/catch_test_macros.hpp>
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <system_error>
+
+#include "fastweights/nn/language_model.hpp"
+#include "fastweights/session/session.hpp"
+
+namespace fastweights::test {
+
+using Model = std::shared_ptr<const nn::LanguageModelImpl>;
+
+inline nn::LanguageModelConfig small_config() {
+  nn::LanguageModelConfig config;
+  config.width = 32;
+  config.layers = 2;
+  config.feed_forward_width = 64;
+  config.attention_heads = 2;
+  config.attention_window = 16;
+  config.memory_heads = 2;
+  config.memory_value_heads = 2;
+  config.memory_key_size = 16;
+  config.memory_value_size = 16;
+  config.initializer_range = 0.3;  // so that predictions are far from uniform
+  return config;
+}
+
+inline Model random_model(std::uint64_t seed = 1,
+                          const nn::LanguageModelConfig& config = small_config()) {
+  torch::manual_seed(seed);
+  auto model = std::make_shared<nn::LanguageModelImpl>(config);
+  model->eval();
+  for (at::Tensor& parameter : model->parameters()) parameter.requires_grad_(false);
+  return model;
+}
+
+/// Bytes of all values, without a pattern that a model could know.
+inline std::string noise(std::size_t size, std::uint32_t seed = 1) {
+  std::string text;
+  for (std::uint32_t x = seed; text.size() < size;) {
+    x = x * 1664525U + 1013904223U;
+    text += static_cast<char>(x >> 24);
+  }
+  return text;
+}
+
+inline bool same_bits(const Session& a, const Session& b) {
+  const auto left = a.state();
+  const auto right = b.state();
+  return std::ranges::equal(left, right, [](const auto& x, const auto& y) {
+    return x.first == y.first && x.second.dtype() == y.second.dtype() &&
+           at::equal(x.second, y.second);
+  });
+}
+
+/// A folder that is gone with the object.
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::string name = (std::filesystem::temp_directory_path() / "fastweights-XXXXXX").string();
+    REQUIRE(mkdtemp(name.data()) != nullptr);
+    path_ = name;
+  }
+  ~TemporaryFolder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  std::filesystem::path operator/(const char* name) const { return path_ / name; }
+  std::size_t files() const {
+    return static_cast<std::size_t>(std::distance(std::filesystem::directory_iterator(path_),
+                                                  std::filesystem::directory_iterator()));
+  }
+
+ private:
+  std::filesystem::path path_;
+};
+
+}  // namespace fastweights::test
