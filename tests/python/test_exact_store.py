@@ -22,7 +22,7 @@ def make_stream(size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def make_store(**options: int) -> ExactStore:
-    return ExactStore(HIDDEN, VOCABULARY, **options)  # type: ignore[arg-type]
+    return ExactStore(HIDDEN, VOCABULARY, **options)
 
 
 def bits(log_p: Tensor, tokens: Tensor) -> float:

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -10,6 +11,18 @@
 #include "fastweights/core/aligned_buffer.hpp"
 
 namespace fastweights {
+
+namespace detail {
+
+/// Whether nobody else refers to the value. What others read of it before they let go is done then.
+template <class T>
+bool is_alone(const std::shared_ptr<T>& value) {
+  if (value.use_count() > 1) return false;
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return true;
+}
+
+}  // namespace detail
 
 /// A value that copies share until one of them changes it. One copy is used by one thread at a
 /// time; different copies may be used by different threads.
@@ -24,7 +37,7 @@ class Shared {
 
   /// The value to be changed: a copy of its own where others share it.
   T& edit() {
-    if (value_.use_count() > 1) value_ = std::make_shared<T>(*value_);
+    if (!detail::is_alone(value_)) value_ = std::make_shared<T>(*value_);
     return *value_;
   }
 
@@ -62,7 +75,7 @@ class SharedPages {
   /// The elements of a page to be changed.
   T* edit_page(std::int64_t page) {
     auto& place = pages_.edit()[static_cast<std::size_t>(page - first_page_)];
-    if (place.use_count() > 1) {
+    if (!detail::is_alone(place)) {
       auto copy = new_page();
       std::copy_n(place->data(), page_size_, copy->data());
       place = std::move(copy);
