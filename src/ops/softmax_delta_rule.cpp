@@ -1,6 +1,7 @@
 #include "fastweights/ops/softmax_delta_rule.hpp"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -124,12 +125,17 @@ core::SoftmaxDeltaRuleParams<Real> params_of(const Call& call, const Tensor& cor
   return params;
 }
 
-/// Starting threads costs more than a step of one token.
+/// Threads that share a row meet at every chunk, which costs more than they save where the state is
+/// small; starting them costs more than a step of one token.
 template <class Real>
 core::Executor executor_for(const core::SoftmaxDeltaRuleParams<Real>& params) {
   constexpr int64_t kFewProducts = 1 << 18;
-  const bool few = params.B * params.T * params.D * params.N <= kFewProducts;
-  return few ? core::serial_executor() : detail::parallel_executor();
+  constexpr int64_t kSmallState = 1 << 17;
+  const auto state = params.D * params.N;
+  const bool few = params.B * params.T * state <= kFewProducts;
+  const bool shared = params.B < at::get_num_threads();
+  return few || (shared && state <= kSmallState) ? core::serial_executor()
+                                                 : detail::parallel_executor();
 }
 
 /// Runs the forward pass; `final_state` may be the initial one.

@@ -196,7 +196,7 @@ def test_it_learns_what_follows_what() -> None:
 
 
 def test_threads_change_nothing() -> None:
-    case = Case(100, torch.float32, batch=1, width=128, vocabulary=600)
+    case = Case(100, torch.float32, batch=1, width=128, vocabulary=1100)
     given = {name: x.requires_grad_() for name, x in case.tensors().items()}
 
     def run(threads: int) -> tuple[Tensor, ...]:
