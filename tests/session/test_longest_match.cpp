@@ -118,7 +118,7 @@ TEST_CASE("what is found is what is there", "[longest_match]") {
         match.append(token, kept_at(position));
         oracle.append(token, kept_at(position));
         ++position;
-        REQUIRE(found(match) == oracle.matches());
+        REQUIRE((found(match) == oracle.matches()));
         matches += std::ssize(match.matches());
       }
       CHECK(matches > 1000);
@@ -170,7 +170,7 @@ TEST_CASE("going back is never having gone on", "[longest_match]") {
     for (std::int64_t i = 0; i < 3000; ++i) {
       back.append(text[static_cast<std::size_t>(3 * i)], kept_at(i));
       straight.append(text[static_cast<std::size_t>(3 * i)], kept_at(i));
-      REQUIRE(found(back) == found(straight));
+      REQUIRE((found(back) == found(straight)));
     }
   }
 }

@@ -159,8 +159,8 @@ TEST_CASE("the nearest are those that a look at all finds", "[nearest_neighbours
       const auto begin = std::max<std::int64_t>(0, (i + 255) / 256 - pages) * 256;
       const auto expected = oracle(keys.numbers, begin, i, key, 20);
       const std::array<std::int64_t, 1> end = {i};
-      REQUIRE(single.find(key, end, core::serial_executor())[0] == expected);
-      REQUIRE(single.find(key, end, fastweights::test::two_threads())[0] == expected);
+      REQUIRE((single.find(key, end, core::serial_executor())[0] == expected));
+      REQUIRE((single.find(key, end, fastweights::test::two_threads())[0] == expected));
       single.append(key, i % 256);
       single.drop_old();
       batch.append(key, i % 256);
@@ -171,8 +171,8 @@ TEST_CASE("the nearest are those that a look at all finds", "[nearest_neighbours
       const auto found = batch.find(keys.numbers, ends, executor);
       for (std::int64_t i = 0; i < kCount; ++i) {
         const auto begin = std::max<std::int64_t>(0, (i + 255) / 256 - pages) * 256;
-        REQUIRE(found[static_cast<std::size_t>(i)] ==
-                oracle(keys.numbers, begin, i, keys.key(i), 20));
+        REQUIRE((found[static_cast<std::size_t>(i)] ==
+                 oracle(keys.numbers, begin, i, keys.key(i), 20)));
       }
     }
     CHECK(batch.token(kCount - 1) == (kCount - 1) % 256);
