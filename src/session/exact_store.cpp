@@ -18,18 +18,31 @@ namespace {
 
 /// The least match lengths of the buckets; bucket 0 has no match.
 constexpr std::array<std::int64_t, 10> kLengths = {1, 8, 10, 12, 16, 20, 24, 32, 48, 64};
+/// The same, coarsely.
+constexpr std::array<std::int64_t, 3> kCoarseLengths = {1, 16, 32};
 /// What a match of these lengths weighs at first, where the model weighs 1.
 constexpr std::array<double, 11> kFirstMatchWeight = {.5, .3, .4, .6, 1, 2, 4, 8, 16, 32, 64};
+constexpr std::array<double, 4> kFirstCoarseMatchWeight = {.5, .4, 2, 32};
 constexpr double kFirstNeighbourWeight = 0.3;
-/// The least probabilities that the model gives to what the match says.
+/// The least probabilities that the model gives to an expert's best token; bucket 0 has none.
 constexpr std::array<double, 4> kAgreements = {0.0, 0.03, 0.2, 0.6};
+/// The least probabilities that the neighbours give to their best token; bucket 0 has none.
+constexpr std::array<double, 6> kCertainties = {0.0, 0.3, 0.5, 0.7, 0.9, 0.97};
 /// The least cosines; bucket 0 has no neighbours or none so near.
 constexpr std::array<double, 7> kSimilarities = {0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98};
 
-constexpr std::size_t kLengthBuckets = kLengths.size() + 1;
-constexpr std::size_t kAgreementBuckets = kAgreements.size() + 1;
-constexpr std::size_t kSimilarityBuckets = kSimilarities.size() + 1;
-constexpr std::size_t kBuckets = kLengthBuckets * kAgreementBuckets * kSimilarityBuckets;
+/// Classes of a list of limits.
+template <class T, std::size_t kCount>
+constexpr std::size_t classes(const std::array<T, kCount>&) {
+  return kCount + 1;
+}
+
+// Two tables: what the match is, and what the neighbours are.
+constexpr std::size_t kPerLength = classes(kAgreements) * classes(kCertainties);
+constexpr std::size_t kMatchBuckets = classes(kLengths) * kPerLength;
+constexpr std::size_t kPerCoarseLength =
+    classes(kCertainties) * classes(kAgreements) * classes(kSimilarities);
+constexpr std::size_t kNeighbourBuckets = classes(kCoarseLengths) * kPerCoarseLength;
 
 /// How many of the limits are at most `value`.
 template <class T, std::size_t kCount>
@@ -38,15 +51,20 @@ std::size_t rank(const std::array<T, kCount>& limits, T value) {
                                   limits.begin());
 }
 
+Mixture::Bucket first_bucket(double match) {
+  const double sum = 1.0 + kFirstNeighbourWeight + match;
+  return {{static_cast<float>(1.0 / sum), static_cast<float>(kFirstNeighbourWeight / sum),
+           static_cast<float>(match / sum)},
+          0.0f};
+}
+
 std::vector<Mixture::Bucket> first_buckets() {
   std::vector<Mixture::Bucket> buckets;
-  for (std::size_t i = 0; i < kBuckets; ++i) {
-    const double match = kFirstMatchWeight[i / (kAgreementBuckets * kSimilarityBuckets)];
-    const double sum = 1.0 + kFirstNeighbourWeight + match;
-    buckets.push_back(
-        {{static_cast<float>(1.0 / sum), static_cast<float>(kFirstNeighbourWeight / sum),
-          static_cast<float>(match / sum)},
-         0.0f});
+  for (std::size_t i = 0; i < kMatchBuckets; ++i) {
+    buckets.push_back(first_bucket(kFirstMatchWeight[i / kPerLength]));
+  }
+  for (std::size_t i = 0; i < kNeighbourBuckets; ++i) {
+    buckets.push_back(first_bucket(kFirstCoarseMatchWeight[i / kPerCoarseLength]));
   }
   return buckets;
 }
@@ -80,6 +98,12 @@ double probability_of(std::span<const Vote> votes, std::int64_t token) {
 double model_probability(std::span<const float> logits, float log_sum, std::int64_t token) {
   return std::exp(static_cast<double>(logits[static_cast<std::size_t>(token)]) -
                   static_cast<double>(log_sum));
+}
+
+const Vote& best_of(std::span<const Vote> votes) {
+  return *std::max_element(votes.begin(), votes.end(), [](const Vote& a, const Vote& b) {
+    return a.probability < b.probability;
+  });
 }
 
 std::array<bool, Mixture::kExperts> present(const Recall& recall) {
@@ -211,23 +235,34 @@ Recall ExactStore::recall(std::span<const float> hidden, const core::Executor& e
 
 // ---- mixing ------------------------------------------------------------------------------------
 
-std::size_t ExactStore::bucket(const Recall& recall, std::span<const float> logits,
-                               float log_sum) const {
-  std::size_t agreement = 0;
-  if (!recall.match.empty()) {
-    const auto best = std::max_element(
-        recall.match.begin(), recall.match.end(),
-        [](const Vote& a, const Vote& b) { return a.probability < b.probability; });
-    agreement = rank(kAgreements, model_probability(logits, log_sum, best->token));
-  }
-  const std::size_t length = rank(kLengths, recall.match_length);
-  const std::size_t similarity = rank(kSimilarities, recall.similarity);
-  return (length * kAgreementBuckets + agreement) * kSimilarityBuckets + similarity;
+ExactStore::Buckets ExactStore::buckets(const Recall& recall, std::span<const float> logits,
+                                        float log_sum) const {
+  const auto agreement = [&](std::span<const Vote> votes) {
+    if (votes.empty()) return std::size_t{0};
+    return rank(kAgreements, model_probability(logits, log_sum, best_of(votes).token));
+  };
+  const auto& near = recall.neighbours;
+  const std::size_t certainty = near.empty() ? 0 : rank(kCertainties, best_of(near).probability);
+  const std::size_t match =
+      (rank(kLengths, recall.match_length) * classes(kAgreements) + agreement(recall.match)) *
+          classes(kCertainties) +
+      certainty;
+  const std::size_t neighbours =
+      ((rank(kCoarseLengths, recall.match_length) * classes(kCertainties) + certainty) *
+           classes(kAgreements) +
+       agreement(near)) *
+          classes(kSimilarities) +
+      rank(kSimilarities, recall.similarity);
+  return {match, kMatchBuckets + neighbours};
 }
 
 void ExactStore::mix(const Recall& recall, std::span<const float> logits, float log_sum,
                      std::span<float> out) const {
-  const auto weights = mixture_.weights(bucket(recall, logits, log_sum), present(recall));
+  Mixture::Weights weights{};
+  for (const std::size_t bucket : buckets(recall, logits, log_sum)) {
+    const auto part = mixture_.weights(bucket, present(recall));
+    for (std::size_t i = 0; i < weights.size(); ++i) weights[i] += 0.5 * part[i];
+  }
   const auto shift = static_cast<float>(std::log(weights[0])) - log_sum;
   detail::add_to_all(logits.data(), shift, vocabulary_size_, out.data());
   const auto speak = [&](const Vote& vote) {
@@ -253,9 +288,12 @@ void ExactStore::mix(const Recall& recall, std::span<const float> logits,
 void ExactStore::learn(std::int64_t token, const Recall& recall, std::span<const float> logits,
                        float log_sum) {
   if (recall.match.empty() && recall.neighbours.empty()) return;
-  mixture_.learn(bucket(recall, logits, log_sum), present(recall),
-                 {model_probability(logits, log_sum, token),
-                  probability_of(recall.neighbours, token), probability_of(recall.match, token)});
+  const std::array<double, Mixture::kExperts> probabilities = {
+      model_probability(logits, log_sum, token), probability_of(recall.neighbours, token),
+      probability_of(recall.match, token)};
+  for (const std::size_t bucket : buckets(recall, logits, log_sum)) {
+    mixture_.learn(bucket, present(recall), probabilities);
+  }
 }
 
 // ---- appending ---------------------------------------------------------------------------------

@@ -63,9 +63,10 @@ struct StoredTensor {
 ///
 /// An entry is a token, with the model's final hidden state that predicted it as the key and the
 /// tokens before it as the context. For the next token three experts speak: the model, the nearest
-/// neighbours of the hidden state, and the longest match of the text's end; a Mixture joins them,
-/// with weights apart for each bucket of match length, of similarity, and of what the model thinks
-/// of the match.
+/// neighbours of the hidden state, and the longest match of the text's end. A Mixture joins them,
+/// with the mean of the weights of two buckets: what the match is like (its length, what the model
+/// thinks of it, how certain the neighbours are), and what the neighbours are like (how certain,
+/// how near, what the model thinks of them, roughly how long the match is).
 ///
 /// A store is a function of what was appended, the same bits token by token or in batches, for any
 /// number of threads. It is a value: a copy costs some kilobytes, shares what neither has changed,
@@ -140,11 +141,11 @@ class ExactStore {
                                  std::span<const io::TensorData> tensors);
 
  private:
-  using Present = std::array<bool, Mixture::kExperts>;
+  using Buckets = std::array<std::size_t, 2>;
 
   void add_matches(Recall& recall) const;
   void add_neighbours(Recall& recall, std::span<const Neighbour> found) const;
-  std::size_t bucket(const Recall& recall, std::span<const float> logits, float log_sum) const;
+  Buckets buckets(const Recall& recall, std::span<const float> logits, float log_sum) const;
   void mix(const Recall& recall, std::span<const float> logits, float log_sum,
            std::span<float> out) const;
   void learn(std::int64_t token, const Recall& recall, std::span<const float> logits,
