@@ -342,7 +342,8 @@ def test_training_learns_a_text_by_heart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "backend"), [("both", "inductor"), ("delta_rule", "aot_eager")]
+    ("variant", "backend"),
+    [("both", "inductor"), ("delta_rule", "aot_eager"), ("fast_head", "aot_eager")],
 )
 def test_compile_in_one_graph(variant: str, backend: str) -> None:
     torch.compiler.reset()
