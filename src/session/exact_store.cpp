@@ -71,18 +71,24 @@ std::vector<Mixture::Bucket> first_buckets() {
 
 // ---- votes -------------------------------------------------------------------------------------
 
+/// Where the token's vote stands among votes in the order of their tokens, or would.
+template <class Votes>
+auto place_of(Votes& votes, std::int64_t token) {
+  return std::lower_bound(votes.begin(), votes.end(), token,
+                          [](const Vote& vote, std::int64_t t) { return vote.token < t; });
+}
+
 /// Of each token once, in the order of the tokens, with the sum 1.
-std::vector<Vote> gathered(std::vector<Vote> votes) {
-  std::stable_sort(votes.begin(), votes.end(),
-                   [](const Vote& a, const Vote& b) { return a.token < b.token; });
+std::vector<Vote> gathered(std::span<const Vote> votes) {
   std::vector<Vote> out;
   double sum = 0.0;
   for (const Vote& vote : votes) {
     sum += vote.probability;
-    if (out.empty() || out.back().token != vote.token) {
-      out.push_back(vote);
+    const auto place = place_of(out, vote.token);
+    if (place != out.end() && place->token == vote.token) {
+      place->probability += vote.probability;
     } else {
-      out.back().probability += vote.probability;
+      out.insert(place, vote);
     }
   }
   for (Vote& vote : out) vote.probability /= sum;
@@ -90,8 +96,7 @@ std::vector<Vote> gathered(std::vector<Vote> votes) {
 }
 
 double probability_of(std::span<const Vote> votes, std::int64_t token) {
-  const auto found = std::lower_bound(votes.begin(), votes.end(), token,
-                                      [](const Vote& v, std::int64_t t) { return v.token < t; });
+  const auto found = place_of(votes, token);
   return found != votes.end() && found->token == token ? found->probability : 0.0;
 }
 
@@ -199,7 +204,7 @@ void ExactStore::add_matches(Recall& recall) const {
     votes.push_back({match_.token(match.position), std::exp(0.5 * (length - 32.0))});
     recall.match_length = std::max(recall.match_length, match.length);
   }
-  recall.match = gathered(std::move(votes));
+  recall.match = gathered(votes);
 }
 
 void ExactStore::add_neighbours(Recall& recall, std::span<const Neighbour> found) const {
@@ -214,7 +219,7 @@ void ExactStore::add_neighbours(Recall& recall, std::span<const Neighbour> found
     votes.push_back(
         {neighbours_.token(neighbour.entry), std::exp(distance / options_.temperature)});
   }
-  recall.neighbours = gathered(std::move(votes));
+  recall.neighbours = gathered(votes);
 }
 
 Recall ExactStore::recall(std::span<const float> hidden, const core::Executor& executor) const {

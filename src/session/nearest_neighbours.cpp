@@ -41,7 +41,7 @@ std::vector<float> random_signs(std::int64_t size, std::uint64_t seed) {
 }
 
 /// The nearest entries that a search has seen so far. Nearer is the greater product, then the
-/// greater number: an order without ties.
+/// greater number: an order without ties, that of integers with the product in the upper half.
 class Nearest {
  public:
   explicit Nearest(std::int64_t count) : count_(static_cast<std::size_t>(count)) {
@@ -51,39 +51,50 @@ class Nearest {
   /// Entries whose product is not above it are not among the nearest.
   std::int32_t limit() const { return limit_; }
 
-  void offer(Neighbour neighbour) {
-    found_.push_back(neighbour);
+  void offer(std::int32_t product, std::int64_t entry) {
+    found_.push_back(std::int64_t{product} * kUnit + entry);
     if (found_.size() == kSlack * count_) shrink();
   }
 
   void merge(const Nearest& other) {
-    for (const Neighbour& neighbour : other.found_) offer(neighbour);
+    for (const std::int64_t packed : other.found_) {
+      found_.push_back(packed);
+      if (found_.size() == kSlack * count_) shrink();
+    }
   }
 
-  std::vector<Neighbour> sorted() && {
+  std::vector<Neighbour> sorted(std::int64_t base) && {
     const auto end = found_.begin() + static_cast<std::ptrdiff_t>(std::min(count_, found_.size()));
-    std::partial_sort(found_.begin(), end, found_.end(), nearer);
-    found_.erase(end, found_.end());
-    return std::move(found_);
+    std::nth_element(found_.begin(), end, found_.end(), std::greater<>());
+    std::sort(found_.begin(), end, std::greater<>());
+    std::vector<Neighbour> out;
+    out.reserve(count_);
+    for (auto packed = found_.begin(); packed != end; ++packed) {
+      out.push_back({base + (*packed & (kUnit - 1)), product_of(*packed)});
+    }
+    return out;
   }
+
+  /// Entries of a search are counted from its first: fewer than this.
+  static constexpr std::int64_t kUnit = std::int64_t{1} << 32;
 
  private:
   static constexpr std::size_t kSlack = 4;
 
-  static bool nearer(const Neighbour& a, const Neighbour& b) {
-    return a.product != b.product ? a.product > b.product : a.entry > b.entry;
+  static std::int32_t product_of(std::int64_t packed) {
+    return static_cast<std::int32_t>(packed >> 32);
   }
 
   void shrink() {
     const auto last = found_.begin() + static_cast<std::ptrdiff_t>(count_) - 1;
-    std::nth_element(found_.begin(), last, found_.end(), nearer);
-    limit_ = last->product - 1;  // of equal ones, those to come may be more recent
+    std::nth_element(found_.begin(), last, found_.end(), std::greater<>());
+    limit_ = product_of(*last) - 1;  // of equal ones, those to come may be more recent
     found_.resize(count_);
   }
 
   std::size_t count_;
   std::int32_t limit_ = std::numeric_limits<std::int32_t>::min();
-  std::vector<Neighbour> found_;
+  std::vector<std::int64_t> found_;
 };
 
 /// Entries [begin, end) of a query.
@@ -95,8 +106,11 @@ struct Range {
 /// A tile of queries on its way through the pages.
 class Tile {
  public:
-  Tile(const std::int8_t* queries, std::span<const Range> ranges, std::int64_t count)
-      : queries_(queries), ranges_(ranges), nearest_(ranges.size(), Nearest(count)) {}
+  Tile(const std::int8_t* queries, std::span<const Range> ranges, std::int64_t base,
+       std::int64_t count)
+      : queries_(queries), ranges_(ranges), base_(base) {
+    for (std::size_t i = 0; i < ranges.size(); ++i) nearest_.emplace_back(count);
+  }
 
   void scan(const std::int8_t* page, std::int64_t first) {
     const auto total = std::ssize(ranges_);
@@ -120,13 +134,14 @@ class Tile {
     const auto end = std::clamp<std::int64_t>(range.end - first, 0, kKeyPage);
     auto i = std::clamp<std::int64_t>(range.begin - first, 0, end);
     while ((i = detail::find_above(products, i, end, nearest.limit())) < end) {
-      nearest.offer({first + i, products[i]});
+      nearest.offer(products[i], first - base_ + i);
       ++i;
     }
   }
 
   const std::int8_t* queries_;
   std::span<const Range> ranges_;
+  std::int64_t base_;
   std::vector<Nearest> nearest_;
   core::AlignedBuffer<std::int32_t> products_{kQueryBlock * kKeyPage};
 };
@@ -146,7 +161,8 @@ NearestNeighbours::NearestNeighbours(std::int64_t hidden_size, std::int64_t voca
   check("vocabulary_size", vocabulary_size, 1, std::int64_t{1} << 31);
   check("count", options.count, 1, 1024);
   check("bytes", options.bytes, 0, std::numeric_limits<std::int64_t>::max());
-  pages_ = std::max<std::int64_t>(1, options.bytes / (kPage * (kKeySize + tokens_.token_bytes())));
+  pages_ = std::clamp<std::int64_t>(options.bytes / (kPage * (kKeySize + tokens_.token_bytes())), 1,
+                                    Nearest::kUnit / kPage / 2);
   projection_ = Shared(random_signs(hidden_size, options.seed));
 }
 
@@ -203,7 +219,7 @@ std::vector<std::vector<Neighbour>> NearestNeighbours::find(std::span<const std:
     const auto queries = std::min(kTile, count - first);
     const auto mine = std::span(ranges).subspan(static_cast<std::size_t>(first),
                                                 static_cast<std::size_t>(queries));
-    Tile tile(keys.data() + first * kKeySize, mine, options_.count);
+    Tile tile(keys.data() + first * kKeySize, mine, begin(), options_.count);
     const std::int64_t low = mine.front().begin / kPage;
     const std::int64_t pages = divide_up(mine.back().end, kPage) - low;
     // The nearest are mostly recent: from the last page on, few are taken in vain.
@@ -213,14 +229,17 @@ std::vector<std::vector<Neighbour>> NearestNeighbours::find(std::span<const std:
     partial[static_cast<std::size_t>(task)] = std::move(tile.nearest());
   });
   std::vector<std::vector<Neighbour>> found(static_cast<std::size_t>(count));
-  for (std::int64_t t = 0; t < count; ++t) {
-    Nearest nearest(options_.count);
-    for (std::int64_t part = 0; part < parts; ++part) {
-      nearest.merge(partial[static_cast<std::size_t>(t / kTile * parts + part)]
-                           [static_cast<std::size_t>(t % kTile)]);
+  executor.run(tiles, [&](std::int64_t tile) {
+    for (auto t = tile * kTile; t < std::min(count, (tile + 1) * kTile); ++t) {
+      const auto of_part = [&](std::int64_t part) -> Nearest& {
+        return partial[static_cast<std::size_t>(tile * parts + part)]
+                      [static_cast<std::size_t>(t % kTile)];
+      };
+      Nearest& nearest = of_part(0);
+      for (std::int64_t part = 1; part < parts; ++part) nearest.merge(of_part(part));
+      found[static_cast<std::size_t>(t)] = std::move(nearest).sorted(begin());
     }
-    found[static_cast<std::size_t>(t)] = std::move(nearest).sorted();
-  }
+  });
   return found;
 }
 
