@@ -44,5 +44,6 @@
 #include "fastweights/ops/short_convolution.hpp"
 #include "fastweights/ops/sliding_window_attention.hpp"
 #include "fastweights/ops/softmax_delta_rule.hpp"
+#include "fastweights/session/consolidation.hpp"
 #include "fastweights/session/session.hpp"
 #endif

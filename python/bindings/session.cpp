@@ -1,5 +1,7 @@
 #include "fastweights/session/session.hpp"
 
+#include "fastweights/session/consolidation.hpp"
+
 #include <ATen/ATen.h>
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
@@ -218,6 +220,31 @@ std::unique_ptr<GuardedSession> replayed(GuardedSession& self, const Model& mode
       model, log, {.piece = piece, .journal_bytes = journal_bytes}, progress_of(progress)));
 }
 
+std::unique_ptr<GuardedSession> rebase(GuardedSession& self, const Model& model,
+                                       const py::object& progress) {
+  return std::make_unique<GuardedSession>(self.use([&](Session& session) {
+    return fastweights::rebase(session, model, progress_of(progress));
+  }));
+}
+
+py::tuple to_tuple(const ConsolidationTrial& trial) {
+  return py::make_tuple(trial.memory_share, trial.head_share, trial.protection, trial.trial_bits,
+                        trial.guarded_bits);
+}
+
+/// (model, before, chosen, trials).
+py::tuple consolidate(GuardedSession& self, const std::string& trial, const std::string& guarded,
+                      double tolerance, bool memory, bool head, const py::object& progress) {
+  const ConsolidationOptions options{trial, guarded, tolerance, memory, head};
+  const Consolidation result = self.use([&](Session& session) {
+    return fastweights::consolidate(session, options, progress_of(progress));
+  });
+  py::list trials;
+  for (const auto& each : result.trials) trials.append(to_tuple(each));
+  return py::make_tuple(std::const_pointer_cast<nn::LanguageModelImpl>(result.model),
+                        to_tuple(result.before), to_tuple(result.chosen), trials);
+}
+
 std::unique_ptr<GuardedSession> copy(GuardedSession& self) {
   return std::make_unique<GuardedSession>(self.use([](Session& session) { return session; }));
 }
@@ -273,6 +300,9 @@ void bind_session(py::module_& module) {
             self.use([&](Session& session) { session.save(path); });
           },
           py::arg("path"))
+      .def("consolidate", &consolidate, py::arg("trial"), py::arg("guarded"), py::arg("tolerance"),
+           py::arg("memory"), py::arg("head"), py::arg("progress"))
+      .def("rebase", &rebase, py::arg("model"), py::arg("progress"))
       .def("copy", &copy);
 }
 

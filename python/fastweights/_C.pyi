@@ -79,6 +79,8 @@ class ExactStore:
     ) -> ExactStore: ...
     def copy(self) -> ExactStore: ...
 
+_Trial = tuple[float, float, float, float, float]
+
 class Session:
     def __init__(self, model: LanguageModel, piece: int, seed: int, journal_bytes: int) -> None: ...
     @staticmethod
@@ -136,6 +138,18 @@ class Session:
     def commit(self) -> None: ...
     def strengths(self) -> list[tuple[int, int, float]]: ...
     def report(self) -> dict[str, int]: ...
+    def consolidate(
+        self,
+        trial: bytes,
+        guarded: bytes,
+        tolerance: float,
+        memory: bool,
+        head: bool,
+        progress: Callable[[int, int], object] | None,
+    ) -> tuple[LanguageModel, _Trial, _Trial, list[_Trial]]: ...
+    def rebase(
+        self, model: LanguageModel, progress: Callable[[int, int], object] | None
+    ) -> Session: ...
     def replayed(
         self,
         model: LanguageModel,

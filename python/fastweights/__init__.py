@@ -22,12 +22,14 @@ from . import errors, fla, io, nn, ops
 from .errors import Cancelled, Error, FileError, ShapeError, StateMismatch
 from .exact_store import ExactStore
 from .io import load_model, save_model
-from .session import Session
+from .session import Consolidation, ConsolidationTrial, Session
 
 __version__ = VERSION
 
 __all__ = [
     "Cancelled",
+    "Consolidation",
+    "ConsolidationTrial",
     "Error",
     "ExactStore",
     "FileError",

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .nn import LanguageModel, LanguageModelConfig
-from .nn._projection import without_initial_values
+from .nn import LanguageModel
 
 PathLike = str | os.PathLike[str]
 
@@ -32,11 +31,7 @@ def load_model(path: PathLike, dtype: torch.dtype = torch.float32, **changes: An
         Error: a configuration that is not valid.
         StateMismatch: naming the tensors that are missing, of another shape, or not known.
     """
-    native = _C.LanguageModel.load(path, dtype, json.dumps(changes))
-    with without_initial_values():
-        model = LanguageModel(LanguageModelConfig.from_json(native.config))
-    model.load_state_dict(native.tensors(), assign=True)
-    return model.eval()
+    return LanguageModel.from_native(_C.LanguageModel.load(path, dtype, json.dumps(changes)))
 
 
 def save_model(path: PathLike, model: LanguageModel, dtype: torch.dtype | None = None) -> None:

@@ -48,6 +48,28 @@ class SessionReport(NamedTuple):
     limited_writes: int  # β that feedback would have raised beyond 2, in the session's present text
 
 
+class ConsolidationTrial(NamedTuple):
+    """One way of consolidating, and what it cost.
+
+    Shares are those of what the session learned that the new model starts from.
+    """
+
+    memory_share: float
+    head_share: float
+    protection: float  # how strongly what the head reads in the guarded text is left as it was
+    trial_bits: float  # bits per byte of the trial text
+    guarded_bits: float  # of the guarded text; 0 if there is none
+
+
+class Consolidation(NamedTuple):
+    """A model that knows what a session learned, and the figures that speak for it."""
+
+    model: nn.LanguageModel
+    before: ConsolidationTrial  # the session's own model
+    chosen: ConsolidationTrial
+    trials: list[ConsolidationTrial]  # all that were tried
+
+
 class Session:
     """A running model that learns from what it reads and from what it writes.
 
@@ -284,6 +306,58 @@ class Session:
     def report(self) -> SessionReport:
         """What the session did and holds."""
         return SessionReport(**self._session.report())
+
+    def consolidate(
+        self,
+        trial: Text = b"",
+        guarded: Text = b"",
+        *,
+        tolerance: float = 0.01,
+        memory: bool = True,
+        head: bool = True,
+        progress: Progress | None = None,
+    ) -> Consolidation:
+        """A new model whose memories start from what the session learned (docs/consolidation.md).
+
+        The session and its model stay as they are; the new model shares the weights, which do not
+        change, and contains what the session read, as far as its matrices hold it. Several ways are
+        tried; the best on the trial text that keeps within the tolerance on the guarded one is
+        taken.
+
+        Args:
+            trial: text of the kind that the session learned, which it has not read: a session that
+                starts from the new model must find it cheaper. Empty: the last tenth of what the
+                session read and wrote, 16 KiB at most, which the model that is tried has then not
+                learned.
+            guarded: text of what the model knew before, if that is to be guarded.
+            tolerance: bits per byte that the guarded text may cost more.
+            memory: consolidate the matrices in the blocks.
+            head: and the one at the head, where the model has one.
+            progress: called between trials with those done and in all.
+
+        Raises:
+            Error: there is no memory to consolidate, too little text for a trial, or, with the
+                figures, nothing that was tried makes the trial text cheaper within the tolerance.
+        """
+        native, before, chosen, trials = self._session.consolidate(
+            _to_bytes(trial), _to_bytes(guarded), tolerance, memory, head, progress
+        )
+        return Consolidation(
+            nn.LanguageModel.from_native(native),
+            ConsolidationTrial(*before),
+            ConsolidationTrial(*chosen),
+            [ConsolidationTrial(*each) for each in trials],
+        )
+
+    def rebase(
+        self, model: "nn.LanguageModel | _C.LanguageModel", progress: Progress | None = None
+    ) -> "Session":
+        """A session on another model that has read and written the same: its log is replayed.
+
+        Raises:
+            Error: the log's beginning was committed.
+        """
+        return self._of(self._session.rebase(_native(model), progress))
 
     def replayed(
         self,

@@ -41,9 +41,11 @@ void for_each_key(Config& config, Visit&& visit) {
   visit("half_life_min", config.half_life_min);
   visit("half_life_max", config.half_life_max);
   visit("memory_dropout", config.memory_dropout);
+  visit("memory_initial_matrix", config.memory_initial_matrix);
   visit("fast_head", config.fast_head);
   visit("fast_head_eta", config.fast_head_eta);
   visit("fast_head_half_life", config.fast_head_half_life);
+  visit("fast_head_initial_matrix", config.fast_head_initial_matrix);
   visit("tie_embeddings", config.tie_embeddings);
   visit("norm_epsilon", config.norm_epsilon);
   visit("initializer_range", config.initializer_range);

@@ -124,6 +124,10 @@ void LanguageModelImpl::reset() {
   for (int64_t layer = 0; layer < config_.layers; ++layer) list->push_back(Block(config_, layer));
   collect_blocks();
   norm = register_module("norm", RMSNorm(config_.width, config_.norm_epsilon));
+  if (config_.fast_head && config_.fast_head_initial_matrix) {
+    head_initial_matrix = register_parameter("head_initial_matrix",
+                                             at::zeros({config_.width, config_.vocabulary_size}));
+  }
   if (config_.tie_embeddings) return;
   output = register_module(
       "output", make_projection(config_.width, config_.vocabulary_size, config_.initializer_range));
@@ -151,8 +155,10 @@ LanguageModelState LanguageModelImpl::initial_state(int64_t batch) const {
   if (!config_.fast_head) return state;
   const auto narrow = norm->weight.options().requires_grad(false);
   const auto wide = narrow.dtype(narrow.dtype() == at::kDouble ? at::kDouble : at::kFloat);
-  state.head = {at::zeros({batch, config_.width, config_.vocabulary_size}, wide),
-                at::zeros({batch, config_.width}, narrow),
+  auto matrix = head_initial_matrix.defined()
+                    ? head_initial_matrix.to(wide).repeat({batch, 1, 1})
+                    : at::zeros({batch, config_.width, config_.vocabulary_size}, wide);
+  state.head = {std::move(matrix), at::zeros({batch, config_.width}, narrow),
                 at::zeros({batch, config_.vocabulary_size}, wide)};
   return state;
 }

@@ -108,6 +108,10 @@ void FastWeightMemoryImpl::reset() {
   convolution_weight = register_parameter(
       "convolution_weight", at::empty({2 * keys + values, taps}).uniform_(-bound, bound));
   norm_weight = register_parameter("norm_weight", at::ones({config_.memory_value_size}));
+  if (config_.memory_initial_matrix) {
+    initial_matrix = register_parameter(
+        "initial_matrix", at::zeros({heads, config_.memory_key_size, config_.memory_value_size}));
+  }
   if (config_.memory_rule == "delta_rule") return;
   decay = register_module("decay", make_projection(width, heads, range));
   a_log = register_parameter("a_log", at::zeros({heads}));
@@ -122,10 +126,12 @@ MemoryState FastWeightMemoryImpl::initial_state(int64_t batch) const {
   const auto channels = convolution_weight.size(0);
   const auto options = query->weight.options().requires_grad(false);
   const auto wide = options.dtype(options.dtype() == at::kDouble ? at::kDouble : at::kFloat);
-  return {at::zeros({batch, config_.memory_value_heads, config_.memory_key_size,
-                     config_.memory_value_size},
-                    wide),
-          at::zeros({batch, config_.convolution_size - 1, channels}, options)};
+  auto matrix = initial_matrix.defined()
+                    ? initial_matrix.to(wide).repeat({batch, 1, 1, 1})
+                    : at::zeros({batch, config_.memory_value_heads, config_.memory_key_size,
+                                 config_.memory_value_size},
+                                wide);
+  return {std::move(matrix), at::zeros({batch, config_.convolution_size - 1, channels}, options)};
 }
 
 FastWeightMemoryImpl::Output FastWeightMemoryImpl::forward(const at::Tensor& x,

@@ -5,6 +5,8 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+#include <nlohmann/json.hpp>
+#include <string>
 #include <string_view>
 
 #include "fastweights/nn/language_model.hpp"
@@ -48,11 +50,22 @@ class Hasher {
   XXH3_state_t state_;
 };
 
+/// The keys of a configuration that are not what they are by default: a key that a later version
+/// adds changes no fingerprint.
+std::string changed_keys(const nn::LanguageModelConfig& config) {
+  auto changed = nlohmann::json::parse(config.to_json());
+  const auto defaults = nlohmann::json::parse(nn::LanguageModelConfig{}.to_json());
+  for (const auto& [key, value] : defaults.items()) {
+    if (changed.at(key) == value) changed.erase(key);
+  }
+  return changed.dump();
+}
+
 }  // namespace
 
 std::string model_fingerprint(const nn::LanguageModelImpl& model) {
   Hasher hasher;
-  hasher.add(model.config().to_json());
+  hasher.add(changed_keys(model.config()));
   for (const nn::Block& block : model.blocks) {
     hasher.add(block->attention_enabled ? "attention" : "");
     hasher.add(block->memory_enabled ? "memory" : "");

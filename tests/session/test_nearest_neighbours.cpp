@@ -19,7 +19,6 @@ using fastweights::NearestNeighbours;
 using fastweights::NearestNeighboursOptions;
 using fastweights::Neighbour;
 namespace core = fastweights::core;
-namespace detail = fastweights::detail;
 
 namespace {
 
@@ -63,35 +62,43 @@ TEST_CASE("every form multiplies keys exactly", "[nearest_neighbours]") {
     return static_cast<std::int8_t>(std::floor(u * 255.0) - 127.0);
   };
   for (const bool extreme : {false, true}) {
-    std::vector<std::int8_t> keys(detail::kKeyPage * detail::kKeySize);
-    std::vector<std::int8_t> queries(detail::kQueryBlock * detail::kKeySize);
+    std::vector<std::int8_t> keys(fastweights::detail::kKeyPage * fastweights::detail::kKeySize);
+    std::vector<std::int8_t> queries(fastweights::detail::kQueryBlock *
+                                     fastweights::detail::kKeySize);
     for (auto& value : queries) value = byte(extreme);
     for (auto& value : keys) value = byte(extreme);
     if (extreme) std::copy_n(queries.begin(), 64, keys.begin());
     std::vector<std::int8_t> page(keys.size());
-    for (std::int64_t key = 0; key < detail::kKeyPage; ++key) {
+    for (std::int64_t key = 0; key < fastweights::detail::kKeyPage; ++key) {
       for (std::int64_t i = 0; i < 64; ++i) {
-        page[static_cast<std::size_t>(detail::key_offset(key, i))] =
+        page[static_cast<std::size_t>(fastweights::detail::key_offset(key, i))] =
             keys[static_cast<std::size_t>(key * 64 + i)];
       }
     }
     for (const auto multiply :
-         {detail::multiply_keys_portably, detail::multiply_keys_by_bytes, detail::multiply_keys}) {
-      if (multiply == detail::multiply_keys_by_bytes && !detail::has_byte_products()) continue;
-      for (const std::int64_t count : {std::int64_t{1}, std::int64_t{3}, detail::kQueryBlock}) {
+         {fastweights::detail::multiply_keys_portably, fastweights::detail::multiply_keys_by_bytes,
+          fastweights::detail::multiply_keys}) {
+      if (multiply == fastweights::detail::multiply_keys_by_bytes &&
+          !fastweights::detail::has_byte_products())
+        continue;
+      for (const std::int64_t count :
+           {std::int64_t{1}, std::int64_t{3}, fastweights::detail::kQueryBlock}) {
         constexpr std::int32_t kUntouched = -1234567;
         std::vector<std::int32_t> products(
-            static_cast<std::size_t>(detail::kQueryBlock * detail::kKeyPage), kUntouched);
+            static_cast<std::size_t>(fastweights::detail::kQueryBlock *
+                                     fastweights::detail::kKeyPage),
+            kUntouched);
         const std::int64_t groups = 5;
         multiply(page.data(), groups, queries.data(), count, products.data());
-        for (std::int64_t q = 0; q < detail::kQueryBlock; ++q) {
-          for (std::int64_t key = 0; key < detail::kKeyPage; ++key) {
-            const bool asked = q < count && key < groups * detail::kKeyGroup;
+        for (std::int64_t q = 0; q < fastweights::detail::kQueryBlock; ++q) {
+          for (std::int64_t key = 0; key < fastweights::detail::kKeyPage; ++key) {
+            const bool asked = q < count && key < groups * fastweights::detail::kKeyGroup;
             const auto at = [](auto& from, std::int64_t row) {
               return std::span(from).subspan(static_cast<std::size_t>(row * 64), 64);
             };
             const auto expected = asked ? product(at(keys, key), at(queries, q)) : kUntouched;
-            REQUIRE(products[static_cast<std::size_t>(q * detail::kKeyPage + key)] == expected);
+            REQUIRE(products[static_cast<std::size_t>(q * fastweights::detail::kKeyPage + key)] ==
+                    expected);
           }
         }
       }

@@ -27,14 +27,16 @@ struct LanguageModelConfig {
   std::int64_t memory_key_size = 64;             ///< K, 1 to 256
   std::int64_t memory_value_size = 64;           ///< V, 1 to 256
   std::int64_t convolution_size = 4;             ///< W, taps of the short convolution
-  double beta_max = 1.0;          ///< largest write strength, up to 2 (negative eigenvalues)
-  double half_life_min = 4.0;     ///< of the decay gates when training starts, in tokens; see
-  double half_life_max = 8192.0;  ///< FastWeightMemory
-  double memory_dropout = 0.0;    ///< probability that a row trains without its memories
+  double beta_max = 1.0;               ///< largest write strength, up to 2 (negative eigenvalues)
+  double half_life_min = 4.0;          ///< of the decay gates when training starts, in tokens; see
+  double half_life_max = 8192.0;       ///< FastWeightMemory
+  double memory_dropout = 0.0;         ///< probability that a row trains without its memories
+  bool memory_initial_matrix = false;  ///< memories start from learned matrices, not from zero
 
-  bool fast_head = false;            ///< a memory at the head, see ops/fast_head.hpp
-  double fast_head_eta = 0.3;        ///< its write strength, up to 2
-  double fast_head_half_life = 0.0;  ///< in tokens; 0: nothing is forgotten
+  bool fast_head = false;                 ///< a memory at the head, see ops/fast_head.hpp
+  double fast_head_eta = 0.3;             ///< its write strength, up to 2
+  double fast_head_half_life = 0.0;       ///< in tokens; 0: nothing is forgotten
+  bool fast_head_initial_matrix = false;  ///< it starts from a learned matrix, not from zero
 
   bool tie_embeddings = true;  ///< the output layer is the embedding's transpose
   double norm_epsilon = 1e-6;

@@ -107,6 +107,9 @@ class LanguageModelImpl : public torch::nn::Cloneable<LanguageModelImpl> {
   std::vector<Block> blocks;
   RMSNorm norm{nullptr};
   torch::nn::Linear output{nullptr};  ///< null if the embeddings are tied
+  /// [width, vocabulary], what the memory at the head starts from; undefined where the
+  /// configuration has none
+  at::Tensor head_initial_matrix;
 
  private:
   void collect_blocks();

@@ -99,6 +99,7 @@ class FastWeightMemoryImpl : public torch::nn::Cloneable<FastWeightMemoryImpl> {
   at::Tensor a_log;               ///< [HV]
   at::Tensor dt_bias;             ///< [HV]
   at::Tensor norm_weight;         ///< [V]
+  at::Tensor initial_matrix;      ///< [HV, K, V], undefined where the configuration has none
 
  private:
   LanguageModelConfig config_;

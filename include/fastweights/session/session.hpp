@@ -204,6 +204,11 @@ class Session {
   /// What was read and written.
   const SessionLog& log() const { return log_; }
 
+  /// The model that it runs on.
+  const std::shared_ptr<const nn::LanguageModelImpl>& model() const { return model_; }
+
+  const SessionOptions& options() const { return options_; }
+
   /// Whether `write` runs on the fused kernels: the model is on the CPU, in fp32 or bf16, and its
   /// modules are what its configuration says. Otherwise the modules themselves are called, with the
   /// same results up to rounding.

@@ -34,9 +34,11 @@ class LanguageModelConfig:
         half_life_min: shortest half-life of the decay gates when training starts, in tokens.
         half_life_max: longest.
         memory_dropout: probability that a row trains without its memories.
+        memory_initial_matrix: whether memories start from learned matrices, not from zero.
         fast_head: whether there is a memory at the head, see `fastweights.ops.fast_head`.
         fast_head_eta: its write strength, up to 2.
         fast_head_half_life: in tokens; 0: nothing is forgotten.
+        fast_head_initial_matrix: whether it starts from a learned matrix, not from zero.
         tie_embeddings: whether the output layer is the embedding's transpose.
         norm_epsilon: of every norm.
         initializer_range: standard deviation of the weights when training starts.
@@ -62,9 +64,11 @@ class LanguageModelConfig:
     half_life_min: float = 4.0
     half_life_max: float = 8192.0
     memory_dropout: float = 0.0
+    memory_initial_matrix: bool = False
     fast_head: bool = False
     fast_head_eta: float = 0.3
     fast_head_half_life: float = 0.0
+    fast_head_initial_matrix: bool = False
     tie_embeddings: bool = True
     norm_epsilon: float = 1e-6
     initializer_range: float = 0.02
@@ -101,6 +105,11 @@ class LanguageModelConfig:
     def value_width(self) -> int:
         """HV·V, width of the memory's values."""
         return self.memory_value_heads * self.memory_value_size
+
+    @property
+    def memory_matrix_shape(self) -> tuple[int, int, int]:
+        """[HV, K, V], the fast weights of one layer."""
+        return self.memory_value_heads, self.memory_key_size, self.memory_value_size
 
     @property
     def fast_head_decay(self) -> float:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .. import _C, ops
 from ..errors import Error, ShapeError, StateMismatch
-from ._projection import make_projection
+from ._projection import make_projection, without_initial_values
 from .block import Block
 from .config import LanguageModelConfig
 from .normalization import RMSNorm
@@ -40,6 +40,11 @@ class LanguageModel(nn.Module):
         if not config.tie_embeddings:
             self.output = make_projection(
                 config.width, config.vocabulary_size, config.initializer_range
+            )
+        self.head_initial_matrix: nn.Parameter | None = None
+        if config.fast_head and config.fast_head_initial_matrix:
+            self.head_initial_matrix = nn.Parameter(
+                torch.zeros(config.width, config.vocabulary_size)
             )
 
     def initial_state(self, batch: int) -> LanguageModelState:
@@ -153,6 +158,14 @@ class LanguageModel(nn.Module):
             model.enable_branches(layer, block.attention_enabled, block.memory_enabled)
         return model
 
+    @classmethod
+    def from_native(cls, native: _C.LanguageModel) -> "LanguageModel":
+        """The model in Python on the same weights: they share storage. In evaluation mode."""
+        with without_initial_values():
+            model = cls(LanguageModelConfig.from_json(native.config))
+        model.load_state_dict(native.tensors(), assign=True)
+        return model.eval()
+
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]
 
@@ -161,8 +174,12 @@ class LanguageModel(nn.Module):
         if not config.fast_head:
             return None
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if self.head_initial_matrix is None:
+            matrix = weight.new_zeros(batch, config.width, config.vocabulary_size, dtype=wide)
+        else:
+            matrix = self.head_initial_matrix.to(wide).repeat(batch, 1, 1)
         return HeadState(
-            weight.new_zeros(batch, config.width, config.vocabulary_size, dtype=wide),
+            matrix,
             weight.new_zeros(batch, config.width),
             weight.new_zeros(batch, config.vocabulary_size, dtype=wide),
         )

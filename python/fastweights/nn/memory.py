@@ -36,6 +36,9 @@ class FastWeightMemory(nn.Module):
         taps = torch.empty(channels, config.convolution_size).uniform_(-bound, bound)
         self.convolution_weight = nn.Parameter(taps)
         self.norm_weight = nn.Parameter(torch.ones(config.memory_value_size))
+        self.initial_matrix: nn.Parameter | None = None
+        if config.memory_initial_matrix:
+            self.initial_matrix = nn.Parameter(torch.zeros(config.memory_matrix_shape))
         self.decay: nn.Linear | None = None
         self.a_log: nn.Parameter | None = None
         self.dt_bias: nn.Parameter | None = None
@@ -48,16 +51,12 @@ class FastWeightMemory(nn.Module):
         config = self.config
         weight = self.convolution_weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        shape = (
-            batch,
-            config.memory_value_heads,
-            config.memory_key_size,
-            config.memory_value_size,
-        )
-        return MemoryState(
-            weight.new_zeros(shape, dtype=wide),
-            weight.new_zeros(batch, config.convolution_size - 1, weight.shape[0]),
-        )
+        if self.initial_matrix is None:
+            matrix = weight.new_zeros((batch, *config.memory_matrix_shape), dtype=wide)
+        else:
+            matrix = self.initial_matrix.to(wide).repeat(batch, 1, 1, 1)
+        conv = weight.new_zeros(batch, config.convolution_size - 1, weight.shape[0])
+        return MemoryState(matrix, conv)
 
     def forward(
         self,

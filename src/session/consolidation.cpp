@@ -1,0 +1,259 @@
+#include "fastweights/session/consolidation.hpp"
+
+#include <torch/torch.h>
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <optional>
+#include <string_view>
+#include <utility>
+
+#include "fastweights/core/error.hpp"
+#include "fastweights/io/tokenizer.hpp"
+#include "fastweights/nn/initial_values.hpp"
+#include "fastweights/nn/language_model.hpp"
+
+namespace fastweights {
+namespace {
+
+using nn::LanguageModelImpl;
+using Model = std::shared_ptr<const LanguageModelImpl>;
+
+constexpr std::int64_t kMostTrialTokens = 16384;
+constexpr std::int64_t kLeastTrialTokens = 256;
+constexpr std::int64_t kPiece = 1024;
+
+/// The matrices that a session's memories hold; undefined where the model has none.
+struct Learned {
+  std::vector<at::Tensor> memories;  // [HV, K, V] of each layer
+  at::Tensor head;                   // [D, vocabulary]
+};
+
+Learned learned_by(const Session& session, std::int64_t layers) {
+  std::map<std::string, at::Tensor> tensors;
+  for (auto& [name, tensor] : session.state()) tensors.emplace(name, std::move(tensor));
+  const auto find = [&](const std::string& name) {
+    const auto found = tensors.find(name);
+    return found == tensors.end() ? at::Tensor() : found->second.squeeze(0);
+  };
+  Learned learned;
+  for (std::int64_t layer = 0; layer < layers; ++layer) {
+    learned.memories.push_back(find("layers." + std::to_string(layer) + ".memory.state"));
+  }
+  learned.head = find("head.state");
+  return learned;
+}
+
+/// What memories of `model` start from today.
+Learned starts_of(const LanguageModelImpl& model) {
+  const auto state = model.initial_state(1);
+  Learned starts;
+  for (const auto& block : state.blocks) {
+    const auto& matrix = block.memory.state;
+    starts.memories.push_back(matrix.defined() ? matrix.squeeze(0) : matrix);
+  }
+  if (state.head.state.defined()) starts.head = state.head.state.squeeze(0);
+  return starts;
+}
+
+/// A model with the same weights, whose memories start from matrices that can be set.
+class Candidate {
+ public:
+  Candidate(const LanguageModelImpl& base, const ConsolidationOptions& options)
+      : starts_(starts_of(base)) {
+    auto config = base.config();
+    config.memory_initial_matrix |= config.memory && options.memory;
+    config.fast_head_initial_matrix |= config.fast_head && options.head;
+    const nn::WithoutInitialValues fast;
+    model_ = std::make_shared<LanguageModelImpl>(config);
+    const auto weights = base.named_parameters();
+    for (auto& item : model_->named_parameters()) {
+      const auto* weight = weights.find(item.key());
+      item.value().requires_grad_(false);
+      item.value().set_data(weight != nullptr ? weight->detach()
+                                              : item.value().to(base.norm->weight.device()));
+    }
+    for (std::size_t n = 0; n < base.blocks.size(); ++n) {
+      model_->blocks[n]->attention_enabled = base.blocks[n]->attention_enabled;
+      model_->blocks[n]->memory_enabled = base.blocks[n]->memory_enabled;
+    }
+    model_->eval();
+  }
+
+  /// Starts memories from their old matrices and shares of what was learned since; `shield`
+  /// [D, D] is applied to the change at the head.
+  void set(const Learned& learned, const ConsolidationTrial& trial, const at::Tensor& shield) {
+    for (std::size_t n = 0; n < model_->blocks.size(); ++n) {
+      auto& memory = model_->blocks[n]->memory;
+      if (memory.is_empty() || !memory->initial_matrix.defined()) continue;
+      const auto& start = starts_.memories[n];
+      const auto change = learned.memories[n] - start;
+      memory->initial_matrix.set_data(start + change * trial.memory_share);
+    }
+    if (!model_->head_initial_matrix.defined()) return;
+    auto change = (learned.head - starts_.head) * trial.head_share;
+    if (shield.defined()) change = at::matmul(shield.to(change.scalar_type()), change);
+    model_->head_initial_matrix.set_data(starts_.head + change);
+  }
+
+  const std::shared_ptr<LanguageModelImpl>& model() const { return model_; }
+
+ private:
+  Learned starts_;
+  std::shared_ptr<LanguageModelImpl> model_;
+};
+
+/// The mean of ĥ ĥᵀ over a text, fp64 [D, D]: the directions that the head reads it with.
+at::Tensor directions_of(const LanguageModelImpl& model, std::string_view text) {
+  const auto width = model.config().width;
+  auto sum = at::zeros({width, width}, at::kDouble);
+  auto state = model.initial_state(1);
+  for (std::size_t done = 0; done < text.size(); done += kPiece) {
+    const auto piece = io::ByteTokenizer().encode(text.substr(done, kPiece));
+    const auto tokens = at::tensor(piece, at::kLong).unsqueeze(0);
+    auto x = model.embedding.ptr()->forward(tokens.to(model.norm->weight.device()));
+    for (std::size_t n = 0; n < model.blocks.size(); ++n) {
+      auto output = model.blocks[n]->forward(x, state.blocks[n], state.position, {});
+      x = std::move(output.x);
+      state.blocks[n] = std::move(output.state);
+    }
+    state.position = state.position + static_cast<std::int64_t>(piece.size());
+    const auto hidden = model.norm->forward(x).squeeze(0).to(at::kDouble).cpu();
+    const auto unit = hidden / hidden.norm(2, -1, true).clamp_min(1e-12);
+    sum += at::matmul(unit.t(), unit);
+  }
+  return sum / static_cast<double>(text.size());
+}
+
+/// (I + p·D·C)⁻¹, undefined for p = 0.
+at::Tensor shield_of(const at::Tensor& directions, double protection) {
+  if (protection == 0 || !directions.defined()) return {};
+  const auto width = directions.size(0);
+  const auto scaled = directions * (protection * static_cast<double>(width));
+  return at::linalg_inv(at::eye(width, directions.options()) + scaled);
+}
+
+/// What is tried: the parts that the model has, by themselves and together.
+std::vector<ConsolidationTrial> plan(const LanguageModelImpl& model,
+                                     const ConsolidationOptions& options) {
+  const bool memory = model.config().memory && options.memory;
+  const bool head = model.config().fast_head && options.head;
+  if (!memory && !head)
+    throw Error("consolidate: the model has no memory that is to be consolidated");
+  std::vector<double> head_shares = {0.0};
+  if (head) head_shares = {0.0, 0.5, 1.0};
+  std::vector<double> protections = {0.0};
+  if (!options.guarded.empty()) protections = {0.0, 1.0, 10.0};
+  std::vector<ConsolidationTrial> trials;
+  for (const double memory_share : memory ? std::vector{0.0, 1.0} : std::vector{0.0}) {
+    for (const double head_share : head_shares) {
+      for (const double protection : protections) {
+        if (memory_share + head_share == 0 || (head_share == 0 && protection > 0)) continue;
+        trials.push_back({memory_share, head_share, protection, 0, 0});
+      }
+    }
+  }
+  return trials;
+}
+
+/// What is tried on: the text, and a session that has not read it.
+struct TrialText {
+  std::string text;
+  std::optional<Session> learner;  // none: the session itself
+};
+
+TrialText trial_text(const Session& session, const ConsolidationOptions& options,
+                     const Progress& progress) {
+  if (!options.trial.empty()) return {options.trial, std::nullopt};
+  const auto& log = session.log();
+  const auto tail = std::min((log.size()) / 10, kMostTrialTokens);
+  if (tail < kLeastTrialTokens) {
+    throw Error(fmt::format(
+        "consolidate: a tenth of the session's text is {} bytes, fewer than a trial needs ({}); "
+        "give a text of the kind that it learned, which it has not read, as `trial`",
+        tail, kLeastTrialTokens));
+  }
+  const auto text = io::ByteTokenizer().decode(log.tokens(log.end() - tail, log.end()));
+  Session learner = session.fork();
+  learner.rollback(log.end() - tail, progress);
+  return {text, std::move(learner)};
+}
+
+void measure(const Model& model, const std::string& trial, const std::string& guarded,
+             ConsolidationTrial& out) {
+  out.trial_bits = Session(model).score(trial);
+  if (!guarded.empty()) out.guarded_bits = Session(model).score(guarded);
+}
+
+void report(const Progress& progress, std::size_t done, std::size_t total) {
+  if (!progress || progress(static_cast<std::int64_t>(done), static_cast<std::int64_t>(total)))
+    return;
+  if (done < total) throw Cancelled("consolidate: stopped; nothing has changed");
+}
+
+const ConsolidationTrial* best_of(const Consolidation& result,
+                                  const ConsolidationOptions& options) {
+  const ConsolidationTrial* best = nullptr;
+  for (const auto& trial : result.trials) {
+    const bool allowed = trial.trial_bits < result.before.trial_bits &&
+                         trial.guarded_bits <= result.before.guarded_bits + options.tolerance;
+    if (allowed && (best == nullptr || trial.trial_bits < best->trial_bits)) best = &trial;
+  }
+  return best;
+}
+
+[[noreturn]] void refuse(const Consolidation& result, const ConsolidationOptions& options) {
+  const auto cheapest =
+      std::ranges::min_element(result.trials, {}, &ConsolidationTrial::trial_bits);
+  std::string guarded;
+  if (!options.guarded.empty()) {
+    guarded = fmt::format(", the guarded text {:.4f} for {:.4f} (it may cost {:.4f} more)",
+                          cheapest->guarded_bits, result.before.guarded_bits, options.tolerance);
+  }
+  throw Error(fmt::format(
+      "consolidate: refused; at best the trial text costs {:.4f} bits per byte for {:.4f} before{}",
+      cheapest->trial_bits, result.before.trial_bits, guarded));
+}
+
+}  // namespace
+
+Consolidation consolidate(const Session& session, const ConsolidationOptions& options,
+                          const Progress& progress) {
+  if (!(options.tolerance >= 0)) {
+    throw Error(
+        fmt::format("consolidate: tolerance must be at least 0, got {}", options.tolerance));
+  }
+  const at::NoGradGuard no_gradient;
+  const Model base = session.model();
+  Consolidation result;
+  result.trials = plan(*base, options);
+  const TrialText on = trial_text(session, options, {});
+  const auto layers = base->config().layers;
+  const Learned tried = learned_by(on.learner ? *on.learner : session, layers);
+  const auto directions =
+      options.guarded.empty() ? at::Tensor() : directions_of(*base, options.guarded);
+  Candidate candidate(*base, options);
+  measure(base, on.text, options.guarded, result.before);
+  for (std::size_t i = 0; i < result.trials.size(); ++i) {
+    report(progress, i, result.trials.size());
+    auto& trial = result.trials[i];
+    candidate.set(tried, trial, shield_of(directions, trial.protection));
+    measure(candidate.model(), on.text, options.guarded, trial);
+  }
+  const auto* best = best_of(result, options);
+  if (best == nullptr) refuse(result, options);
+  result.chosen = *best;
+  candidate.set(learned_by(session, layers), *best, shield_of(directions, best->protection));
+  result.model = candidate.model();
+  report(progress, result.trials.size(), result.trials.size());
+  return result;
+}
+
+Session rebase(const Session& session, Model model, const Progress& progress) {
+  return Session::from_log(std::move(model), session.log(), session.options(), progress);
+}
+
+}  // namespace fastweights

@@ -1,0 +1,174 @@
+#include "fastweights/session/consolidation.hpp"
+
+#include <torch/torch.h>
+
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/matchers/catch_matchers_exception.hpp>
+#include <catch2/matchers/catch_matchers_string.hpp>
+#include <map>
+#include <string>
+
+#include "fastweights/core/error.hpp"
+#include "fastweights/nn/language_model.hpp"
+#include "fastweights/nn/model_folder.hpp"
+#include "small_session.hpp"
+
+namespace fastweights::test {
+namespace {
+
+using Catch::Matchers::ContainsSubstring;
+using Catch::Matchers::MessageMatches;
+
+Model with_head(std::uint64_t seed = 1) {
+  auto config = small_config();
+  config.fast_head = true;
+  return random_model(seed, config);
+}
+
+/// Sentences that a head can learn from: the same few words in another order each time.
+std::string chatter(std::size_t size, std::uint32_t seed) {
+  const char* words[] = {"the ", "stone ", "river ", "bends ", "slowly ", "and "};
+  std::string text;
+  for (std::uint32_t x = seed; text.size() < size;) {
+    x = x * 1664525U + 1013904223U;
+    text += words[(x >> 16) % 6];
+  }
+  return text.substr(0, size);
+}
+
+std::map<std::string, at::Tensor> start_of(const Model& model) {
+  std::map<std::string, at::Tensor> tensors;
+  for (auto& [name, tensor] : model->initial_state(1).tensors()) tensors.emplace(name, tensor);
+  return tensors;
+}
+
+Session reader_of(const Model& model, const std::string& text) {
+  Session session(model);
+  session.read(text);
+  return session;
+}
+
+TEST_CASE("consolidation: the new model starts from what was learned, and the old one stays") {
+  const Model model = with_head();
+  const auto before = start_of(model);
+  const Session session = reader_of(model, chatter(4000, 1));
+  const auto state = session.state();
+  const std::string trial = chatter(1500, 2);
+  const Consolidation result = consolidate(session, {.trial = trial});
+
+  CHECK(result.chosen.trial_bits < result.before.trial_bits);
+  CHECK(result.trials.size() ==
+        5);  // two shares of the head with and without the blocks, and these
+  const Session fresh(result.model);
+  CHECK(fresh.score(trial) == result.chosen.trial_bits);
+  CHECK(Session(model).score(trial) == result.before.trial_bits);
+  for (const auto& [name, tensor] : start_of(model)) CHECK(at::equal(tensor, before.at(name)));
+  const auto starts = start_of(result.model);
+  for (const auto& [name, tensor] : state) {
+    double share = -1;
+    if (name.ends_with("memory.state")) share = result.chosen.memory_share;
+    if (name == "head.state") share = result.chosen.head_share;
+    if (share >= 0) CHECK(at::equal(starts.at(name), tensor * share));
+  }
+}
+
+TEST_CASE("consolidation: only what was asked for changes") {
+  const Model model = with_head();
+  const Session session = reader_of(model, chatter(4000, 1));
+  const Consolidation result = consolidate(session, {.trial = chatter(1500, 2), .memory = false});
+  CHECK(result.chosen.memory_share == 0);
+  CHECK(result.chosen.head_share > 0);
+  for (const auto& [name, tensor] : start_of(result.model)) {
+    if (name.ends_with("memory.state")) CHECK(at::count_nonzero(tensor).item<std::int64_t>() == 0);
+  }
+}
+
+TEST_CASE("consolidation: the model's file holds what it starts from") {
+  const Session session = reader_of(with_head(), chatter(4000, 1));
+  const Consolidation result = consolidate(session, {.trial = chatter(1500, 2)});
+  const TemporaryFolder folder;
+  save_model(folder / "model", *result.model);
+  const auto loaded = load_model(folder / "model");
+  const auto starts = start_of(result.model);
+  for (const auto& [name, tensor] : start_of(loaded)) CHECK(at::equal(tensor, starts.at(name)));
+  CHECK(Session(loaded).score("stone river") == Session(result.model).score("stone river"));
+}
+
+TEST_CASE("consolidation: without a trial text the end of the session's own is tried") {
+  const std::string text = chatter(6000, 1);
+  const Session session = reader_of(with_head(), text);
+  const Consolidation result = consolidate(session);
+  CHECK(result.before.trial_bits == Session(session.model()).score(text.substr(5400)));
+  CHECK_THROWS_MATCHES(consolidate(reader_of(with_head(), "short")), Error,
+                       MessageMatches(ContainsSubstring("fewer than a trial needs")));
+}
+
+TEST_CASE("consolidation: what does not help is refused with the figures") {
+  const Session session(with_head());  // it has learned nothing
+  CHECK_THROWS_MATCHES(consolidate(session, {.trial = chatter(500, 2)}), Error,
+                       MessageMatches(ContainsSubstring("refused; at best the trial text costs")));
+}
+
+TEST_CASE("consolidation: a guarded text costs no more than the tolerance") {
+  const Model model = with_head();
+  const std::string guarded = chatter(1500, 7).replace(0, 700, std::string(700, 'e'));
+  const Session session = reader_of(model, chatter(4000, 1));
+  const double before = Session(model).score(guarded);
+  for (const double tolerance : {0.0, 0.5}) {
+    try {
+      const Consolidation result = consolidate(
+          session, {.trial = chatter(1500, 2), .guarded = guarded, .tolerance = tolerance});
+      CHECK(Session(result.model).score(guarded) <= before + tolerance);
+      CHECK(result.trials.size() == 13);
+    } catch (const Error& error) {
+      CHECK_THAT(error.what(), ContainsSubstring("the guarded text"));
+    }
+  }
+  CHECK_THROWS_MATCHES(consolidate(session, {.tolerance = -1}), Error,
+                       MessageMatches(ContainsSubstring("tolerance must be at least 0")));
+}
+
+TEST_CASE("consolidation: a protected direction keeps its reads") {
+  const Model model = with_head();
+  const std::string guarded(800, 'x');
+  const Session session = reader_of(model, chatter(4000, 1));
+  const Consolidation result = consolidate(
+      session, {.trial = chatter(1500, 2), .guarded = guarded, .tolerance = 100, .memory = false});
+  double unprotected = 0, shielded = 0;
+  for (const auto& trial : result.trials) {
+    if (trial.head_share != 1) continue;
+    if (trial.protection == 0) unprotected = trial.guarded_bits;
+    if (trial.protection == 10) shielded = trial.guarded_bits;
+  }
+  const double before = result.before.guarded_bits;
+  CHECK(std::abs(shielded - before) < std::abs(unprotected - before));
+}
+
+TEST_CASE("consolidation: a model without memories has nothing to consolidate") {
+  auto config = small_config();
+  config.memory = false;
+  const Session session = reader_of(random_model(1, config), chatter(4000, 1));
+  CHECK_THROWS_MATCHES(consolidate(session), Error, MessageMatches(ContainsSubstring("no memory")));
+}
+
+TEST_CASE("consolidation: stopped between trials it leaves nothing") {
+  const Session session = reader_of(with_head(), chatter(4000, 1));
+  std::int64_t seen = 0;
+  const auto stop = [&](std::int64_t done, std::int64_t) { return (seen = done) < 2; };
+  CHECK_THROWS_AS(consolidate(session, {.trial = "the river bends"}, stop), Cancelled);
+  CHECK(seen == 2);
+}
+
+TEST_CASE("rebase: the session on the other model has read and written the same") {
+  const Model model = with_head();
+  Session session = reader_of(model, chatter(3000, 1));
+  session.write({.max_tokens = 20, .seed = 3});
+  const Consolidation result = consolidate(session, {.trial = chatter(1500, 2)});
+  const Session moved = rebase(session, result.model);
+  CHECK(moved.log() == session.log());
+  CHECK(moved.model() == result.model);
+  CHECK(same_bits(rebase(session, model), session));
+}
+
+}  // namespace
+}  // namespace fastweights::test
