@@ -30,6 +30,7 @@ sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "tasks")]
 from continual.facts import Fact, exchange_text, fact_sets, shuffled
 from continual.learners import (
     Carried,
+    CarriedWithStore,
     ElasticWeights,
     Frozen,
     Gradient,
@@ -62,6 +63,7 @@ def learners(folder: Path) -> dict[str, Make]:
         "attention window only": lambda model, base, seed: Carried(model, window_only=True),
         "fast weights in the blocks": lambda model, base, seed: Carried(model),
         "fast weights, blocks and head": lambda model, base, seed: Carried(with_head()),
+        "fast weights and exact store": lambda model, base, seed: CarriedWithStore(with_head()),
         "SGD": lambda model, base, seed: Gradient(model, sgd, STEPS),
         "AdamW": lambda model, base, seed: Gradient(model, adamw, STEPS),
         "LoRA, AdamW": lambda model, base, seed: LoRA(model, partial(adamw, lr=1e-2), STEPS),

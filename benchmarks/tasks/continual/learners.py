@@ -124,6 +124,77 @@ class Carried(Frozen):
         return text_bits(self.model, self.state, text)
 
 
+class CarriedWithStore(Carried):
+    """Carries the state and an exact store, which finds again what was read and speaks along."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__(model)
+        config = model.config
+        self.store = fastweights.ExactStore(config.width, config.vocabulary_size)
+        self.hidden = torch.zeros(1, config.width)  # at the last token
+        self.logits = torch.zeros(1, config.vocabulary_size)
+        self.seen: list[Tensor] = []
+        self.model.norm.register_forward_hook(lambda _module, _given, out: self.seen.append(out))
+
+    def advance(
+        self, tokens: Tensor, state: LanguageModelState
+    ) -> tuple[Tensor, Tensor, LanguageModelState]:
+        """Final hidden states [B, T, D], logits [B, T, N] and the state after `tokens` [B, T]."""
+        self.seen.clear()
+        logits, after = self.model(tokens, state)
+        assert logits is not None
+        return self.seen.pop(), logits, after
+
+    @torch.no_grad()
+    def learn(self, text: bytes) -> None:
+        for piece in torch.split(to_tokens(text), PIECE, 1):
+            hidden, logits, self.state = self.advance(piece, self.state)
+            self._read(self.store, piece[0], hidden[0], logits[0])
+            self.hidden, self.logits = hidden[0, -1:], logits[0, -1:]
+
+    def _read(
+        self,
+        store: fastweights.ExactStore,
+        tokens: Tensor,
+        hidden: Tensor,
+        logits: Tensor,
+        last: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Bits of each token; `last` is the hidden state and the logits before the first one."""
+        first_hidden, first_logits = last or (self.hidden, self.logits)
+        log_p = store.read(
+            tokens,
+            torch.cat([first_hidden, hidden[:-1]]),
+            torch.cat([first_logits, logits[:-1]]),
+        )
+        return log_p.gather(1, tokens[:, None]).squeeze(1) / -LN_2
+
+    @torch.no_grad()
+    def answer_bits(self, prompts: Sequence[bytes], answers: Sequence[bytes]) -> Tensor:
+        candidates = torch.cat([to_tokens(answer) for answer in answers])
+        out = []
+        for prompt in prompts:
+            tokens = to_tokens(prompt)
+            hidden, logits, after = self.advance(tokens, self.state)
+            store = copy.copy(self.store)
+            self._read(store, tokens[0], hidden[0], logits[0])
+            last = hidden[0, -1:], logits[0, -1:]
+            rows = self.advance(candidates, repeated(after, len(answers)))
+            for answer, row_hidden, row_logits in zip(candidates, rows[0], rows[1], strict=True):
+                fork = copy.copy(store)
+                out.append(self._read(fork, answer, row_hidden, row_logits, last).sum())
+        return torch.stack(out).view(len(prompts), len(answers))
+
+    @torch.no_grad()
+    def text_bits(self, text: bytes) -> float:
+        store, state, last, bits = copy.copy(self.store), self.state, None, []
+        for piece in torch.split(to_tokens(text), PIECE, 1):
+            hidden, logits, state = self.advance(piece, state)
+            bits.append(self._read(store, piece[0], hidden[0], logits[0], last))
+            last = hidden[0, -1:], logits[0, -1:]
+        return float(torch.cat(bits)[1:].mean())
+
+
 # ---- learners that take gradient steps
 
 
