@@ -51,5 +51,6 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   fw::fuzz::check(input);
   fw::fuzz::check(fw::detail::seal_state_file(input));
   fw::fuzz::check(fw::detail::seal_state_file(fw::fuzz::with_header_length(input)));
+  fw::fuzz::check(fw::detail::seal_state_file(input, 1));
   return 0;
 }
