@@ -202,7 +202,7 @@ def test_threads_change_nothing() -> None:
     def run(threads: int) -> tuple[Tensor, ...]:
         torch.set_num_threads(threads)
         y, state = case.call(**given)
-        return (y, state, *torch.autograd.grad(y.sum() + state.sum(), given.values()))
+        return (y, state, *torch.autograd.grad(y.sum() + state.sum(), list(given.values())))
 
     for one, two in zip(run(1), run(2), strict=True):
         assert torch.equal(one, two)
@@ -215,8 +215,10 @@ def test_gradcheck(pending: bool, gate: bool) -> None:
 
     def function(
         h: Tensor, logits: Tensor, eta: Tensor, state: Tensor, g: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        return softmax_delta_rule(h, logits, case.target, eta, g, state, True, pending)
+    ) -> tuple[Tensor, Tensor]:
+        y, final = softmax_delta_rule(h, logits, case.target, eta, g, state, True, pending)
+        assert final is not None
+        return y, final
 
     tensors = [case.h, case.logits, case.eta, case.state, *([case.g] if gate else [])]
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in tensors])
@@ -231,7 +233,7 @@ def test_opcheck() -> None:
     opcheck(registered.softmax_delta_rule.default, everything)
     opcheck(registered.softmax_delta_rule.default, everything[:4])
     for x in case.tensors().values():
-        x.requires_grad_(requires_grad=False)
+        x.requires_grad_(False)
     opcheck(registered.softmax_delta_rule_recurrent_.default, everything[:6])
 
 
@@ -240,14 +242,14 @@ def test_compile_in_one_graph() -> None:
     case = Case(20, torch.float32)
     given = {name: x.requires_grad_() for name, x in case.tensors().items()}
     expected = case.call(**given)
-    gradients = torch.autograd.grad(expected[0].square().sum(), given.values())
+    gradients = torch.autograd.grad(expected[0].square().sum(), list(given.values()))
     compiled = torch.compile(
         partial(softmax_delta_rule, output_final_state=True), fullgraph=True, backend="aot_eager"
     )
     y, state = compiled(case.h, case.logits, case.target, case.eta, case.g, case.state)
     assert_near("logits", y, expected[0], 1e-6)
     assert_near("state", state, expected[1], 1e-6)
-    again = torch.autograd.grad(y.square().sum(), given.values())
+    again = torch.autograd.grad(y.square().sum(), list(given.values()))
     for mine, theirs in zip(again, gradients, strict=True):
         assert_near("gradient", mine, theirs, 1e-6)
 
