@@ -200,9 +200,9 @@ def with_repeats(filler: bytes) -> tuple[bytes, list[Repeat]]:
     insertions: list[tuple[int, int]] = []  # place in the filler, beginning of the passage in it
     for number, distance in enumerate(DISTANCES):
         for i in range(PASSAGES):
-            begin = 2048 + (i * len(DISTANCES) + number) * 2 * PASSAGE
-            if distance <= 4096:  # nearer ones would stand in each other's way
-                begin += 100_000 + i * 8192
+            begin = 2048 + (i * len(DISTANCES) + number) * (PASSAGE + 8)
+            if distance <= 4096:  # these come again before the others are all read
+                begin = 80_000 + (i * 3 + number) * 5000
             insertions.append((begin + PASSAGE + distance, begin))
     insertions.sort()
     text, repeats, done = bytearray(), [], 0
