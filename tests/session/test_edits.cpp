@@ -272,6 +272,27 @@ TEST_CASE("feedback is the strength of a span, and nothing else", "[edits]") {
   CHECK((session.log() == before.log()));
 }
 
+TEST_CASE("runs of strengths that grow together are one", "[edits]") {
+  const OneThread one_thread;
+  const Model model = wide(model_of("gated_delta_rule"));
+  Session session(model, {.piece = kPiece});
+  const std::string written = session.write({.max_tokens = 60});
+  Text text;
+  add(text, written, 0, true);
+  const auto set = [&](std::int64_t begin, std::int64_t end, float strength) {
+    session.feedback(begin, end, strength);
+    for (auto i = begin; i < end; ++i) text[static_cast<std::size_t>(i)].strength = strength;
+    check_state(session, play(model, text));
+  };
+  set(10, 20, 0.5F);  // leaves a checkpoint at 20, which is inside a piece of the longer run
+  set(20, 35, 0.5F);
+  set(40, 50, 1.5F);
+  session.revoke(35, 40);
+  text.erase(text.begin() + 35, text.begin() + 40);
+  check_state(session, play(model, text));
+  set(10, 45, 1.0F);
+}
+
 TEST_CASE("without strength a text passes the window and leaves no write", "[edits]") {
   const auto rule = GENERATE(as<std::string>(), "gated_delta_rule", "delta_rule", "fast_head");
   Session session(model_of(rule), {.piece = kPiece});
