@@ -17,7 +17,7 @@ import recall
 import resume
 from intervals import LEVEL, RESAMPLES, Array, Interval, ratio_interval
 from ppmd import ORDER, PIECE, ppmd_bits
-from readings import reach, read_carried, read_off, read_reset
+from readings import reach, read_carried, read_off, read_reset, window_only
 from tqdm import tqdm
 
 import fastweights
@@ -74,6 +74,7 @@ class Experiment:
         self.text = source.text
         self.quiet = quiet
         self.model: LanguageModel = fastweights.load_model(source.model_path)
+        self.ablated = window_only(source.model_path)
         self.window = self.model.config.attention_window
         self.block = max(1, BLOCK_BYTES // self.window)
         self.session = fastweights.Session(self.model)
@@ -109,7 +110,7 @@ class Experiment:
             with Meter(f"emptied every {period}", len(self.text), self.quiet) as advance:
                 self.readings[name] = read_reset(self.model, self.text, period, advance)
         with Meter("attention window only", len(self.text), self.quiet) as advance:
-            self.readings[OFF] = read_off(self.model, self.text, advance)
+            self.readings[OFF] = read_off(self.ablated, self.text, advance)
 
     def _read_carried(self) -> None:
         asked = recall.choose_clozes(self.words, self.text, CLOZES)
@@ -183,10 +184,7 @@ class Experiment:
         That is by a session that has read only as many bytes as attention reaches, and by one
         whose memories are switched off.
         """
-        native = self.model.native()
-        self.model.enable_memory(False)
-        without = self.model.native()
-        self.model.enable_memory(True)
+        native, without = self.model.native(), self.ablated.native()
         clozes = []
         for word in tqdm(asked, desc=f"  {'completing names':<24}", disable=self.quiet):
             position = word.begin + recall.CLUE

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from intervals import Array
 
 import fastweights
 from fastweights.nn import LanguageModel
-from fastweights.nn.state import BlockState, LanguageModelState, MemoryState
+from fastweights.nn.state import BlockState, HeadState, LanguageModelState, MemoryState
 
 ROWS = 32
 Advance = Callable[[int], object]
@@ -57,13 +58,16 @@ def read_reset(model: LanguageModel, text: bytes, period: int, advance: Advance)
     return _read_rows(model, text, period, advance, resets=True)
 
 
-def read_off(model: LanguageModel, text: bytes, advance: Advance) -> Array:
-    """The memories of all blocks are switched off: attention window only."""
+def window_only(folder: Path) -> LanguageModel:
+    """The model without a memory at its head, and with those of its blocks switched off."""
+    model = fastweights.load_model(folder, fast_head=False)
     model.enable_memory(False)
-    try:
-        return _read_rows(model, text, model.config.attention_window, advance, resets=False)
-    finally:
-        model.enable_memory(True)
+    return model
+
+
+def read_off(model: LanguageModel, text: bytes, advance: Advance) -> Array:
+    """Reads with a model that has no memory left: attention window only (see `window_only`)."""
+    return _read_rows(model, text, model.config.attention_window, advance, resets=False)
 
 
 def _read_rows(
@@ -110,7 +114,8 @@ def _start_first_row(
 
 
 def _without_fast_weights(state: LanguageModelState) -> LanguageModelState:
-    return state._replace(blocks=tuple(map(_emptied, state.blocks)))
+    head = HeadState(*map(torch.zeros_like, state.head)) if state.head else None
+    return state._replace(blocks=tuple(map(_emptied, state.blocks)), head=head)
 
 
 def _emptied(block: BlockState) -> BlockState:

@@ -56,7 +56,8 @@ def plain_bits(model: LanguageModel, text: bytes, period: int | None) -> np.ndar
                         b._replace(memory=b.memory._replace(state=torch.zeros_like(b.memory.state)))
                         for b in state.blocks
                         if b.memory is not None
-                    )
+                    ),
+                    head=state.head and type(state.head)(*map(torch.zeros_like, state.head)),
                 )
             out, state = model(torch.tensor([[byte]]), state)
             logits = out[0, 0]
@@ -72,11 +73,18 @@ def test_rows_of_a_batch_are_one_long_reading(model: LanguageModel) -> None:
     assert reset == pytest.approx(plain_bits(model, text, window), abs=2e-3)
     assert sum(counted) >= len(text)
 
-    off = readings.read_off(model, text, lambda _: None)
     model.enable_memory(False)
+    off = readings.read_off(model, text, lambda _: None)
     expected = plain_bits(model, text, None)
     model.enable_memory(True)
     assert off == pytest.approx(expected, abs=2e-3)
+
+
+def test_window_only_leaves_no_memory_in_the_model(model: LanguageModel, tmp_path: Path) -> None:
+    fastweights.save_model(tmp_path / "model", model)
+    ablated = demo_module("readings").window_only(tmp_path / "model")
+    assert not ablated.config.fast_head
+    assert not any(block.memory_enabled for block in ablated.blocks)
 
 
 def test_the_carried_reading_is_the_sessions(model: LanguageModel) -> None:

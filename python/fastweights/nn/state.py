@@ -70,7 +70,11 @@ class LanguageModelState(NamedTuple):
         return self._map(lambda tensor: tensor.to(device))
 
     def reset_rows(self, mask: Tensor) -> "LanguageModelState":
-        """A state whose rows where `mask` (bool [B]) is true are as at the start."""
+        """A state whose rows where `mask` (bool [B]) is true are as at the start: all zero.
+
+        A model with learned initial matrices starts elsewhere: take its `initial_state` for those
+        rows.
+        """
         if mask.dtype != torch.bool or mask.shape != (self.batch,):
             raise ShapeError(
                 f"reset_rows: mask must be bool [B] = [{self.batch}], got {mask.dtype} "
