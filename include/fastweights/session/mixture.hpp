@@ -21,8 +21,10 @@ namespace fastweights {
 class Mixture {
  public:
   static constexpr std::size_t kExperts = 3;
+  /// A number for each expert.
   using Weights = std::array<double, kExperts>;
 
+  /// How weights move; see above.
   struct Options {
     double rate = 0.02;
     double prior = 2.0;
