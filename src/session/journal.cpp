@@ -1,5 +1,6 @@
 #include "journal.hpp"
 
+#include <sys/mman.h>
 #include <torch/torch.h>
 
 #include <utility>
@@ -8,11 +9,30 @@ namespace fastweights::detail {
 namespace {
 
 std::int64_t bytes_of(const Place& place) {
-  std::int64_t bytes = static_cast<std::int64_t>(place.logits.storage().nbytes());
+  std::int64_t bytes = static_cast<std::int64_t>(place.logits.nbytes());
   for (const auto& [name, tensor] : place.state.tensors()) {
-    bytes += static_cast<std::int64_t>(tensor.storage().nbytes());
+    bytes += static_cast<std::int64_t>(tensor.nbytes());
   }
   return bytes;
+}
+
+/// A copy in pages of its own. Checkpoints outlive the buffers between which the heap would place
+/// them, and keep the heap from giving those back: several times the checkpoints' own bytes.
+at::Tensor in_own_pages(const at::Tensor& tensor) {
+  constexpr std::size_t kLeast = 65536;
+  const std::size_t bytes = tensor.nbytes();
+  if (!tensor.device().is_cpu() || bytes < kLeast) return tensor.clone();
+  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) return tensor.clone();
+  const auto give_back = [bytes](void* memory) { munmap(memory, bytes); };
+  return at::from_blob(pages, tensor.sizes(), give_back, tensor.options()).copy_(tensor);
+}
+
+Place in_own_pages(const Place& place) {
+  nn::NamedTensors tensors = place.state.tensors();
+  for (auto& [name, tensor] : tensors) tensor = in_own_pages(tensor);
+  return {nn::LanguageModelState::from_tensors(tensors), in_own_pages(place.logits),
+          place.limited_writes};
 }
 
 }  // namespace
@@ -21,7 +41,8 @@ void Journal::add(std::int64_t position, const Place& place) {
   if (last() != nullptr && last()->position >= position) return;
   const std::int64_t bytes = bytes_of(place);
   if (bytes > budget_) return;
-  checkpoints_.push_back(std::make_shared<const Checkpoint>(Checkpoint{position, place, bytes}));
+  checkpoints_.push_back(
+      std::make_shared<const Checkpoint>(Checkpoint{position, in_own_pages(place), bytes}));
   bytes_ += bytes;
   while (bytes_ > budget_) {
     const auto gone = checkpoints_.begin() + static_cast<std::ptrdiff_t>(least_needed());
