@@ -35,9 +35,10 @@ def save_plot(rows: list[Row], path: Path) -> None:
         if index % columns == 0:
             axes.set_ylabel("after set", fontsize=8)
     figure.colorbar(image, ax=figure.axes[2:], label="accuracy on the set", shrink=0.6)
+    seeds = max(len(group) for group in groups.values())
     figure.suptitle(
         f"{sets} sets of {FACTS_PER_SET} facts, one after the other; "
-        f"mean of {max(len(group) for group in groups.values())} seeds"
+        + (f"mean of {seeds} seeds" if seeds > 1 else "one seed")
     )
     figure.savefig(path, dpi=120)
 
@@ -64,7 +65,7 @@ def _retention(axes: Axes, groups: dict[str, list[Row]], styles: dict[str, dict[
     axes.set_ylabel("right name chosen")
     axes.set_ylim(0, 1.03)
     axes.set_title("What is kept (dotted: guessing)")
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _drift(axes: Axes, groups: dict[str, list[Row]], styles: dict[str, dict[str, Any]]) -> None:
