@@ -104,6 +104,10 @@ def run(
     }
 
 
+SHUFFLED = ("AdamW", "fast weights in the blocks")  # these get a control with wrong answers
+RANDOM_STEPS = "random steps as long as AdamW's"
+
+
 def run_seed(
     made: dict[str, Make],
     names: list[str],
@@ -113,31 +117,27 @@ def run_seed(
     seed: int,
     done: set[str],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one seed, as they come."""
+    """Rows of one seed, as they come: the learners, then their controls."""
     facts = fact_sets(sets, seed)
     wrong = [shuffled(each, seed) for each in facts]
-    for name in names:
-        if name in done:
-            continue
-        torch.manual_seed(seed)
-        learner = made[name](model, texts["train"], seed)
-        row = run(learner, facts, facts, texts["passages"], texts["base"])
-        yield {"learner": name, "seed": seed, **row}
-    for name in [n for n in ("AdamW", "fast weights in the blocks") if n in names]:
-        label = f"{name}, answers shuffled"
+    runs = [(name, made[name], facts) for name in names]
+    runs += [(f"{n}, answers shuffled", made[n], wrong) for n in SHUFFLED if n in names]
+    if "AdamW" in names:
+        runs.append((RANDOM_STEPS, partial(random_steps, made["AdamW"]), facts))
+    for label, make, taught in runs:
         if label in done:
             continue
         torch.manual_seed(seed)
-        learner = made[name](model, texts["train"], seed)
-        row = run(learner, facts, wrong, texts["passages"], texts["base"])
+        learner = make(model, texts["train"], seed)
+        row = run(learner, facts, taught, texts["passages"], texts["base"])
         yield {"learner": label, "seed": seed, **row}
-    if "AdamW" in names and "random steps as long as AdamW's" not in done:
-        torch.manual_seed(seed)
-        like = made["AdamW"](model, texts["train"], seed)
-        assert isinstance(like, Gradient)
-        control = Paired(like, RandomSteps(model, like, seed))
-        row = run(control, facts, facts, texts["passages"], texts["base"])
-        yield {"learner": "random steps as long as AdamW's", "seed": seed, **row}
+
+
+def random_steps(make: Make, model: Any, base: bytes, seed: int) -> Paired:
+    """The control that moves as far as another learner, but at random."""
+    like = make(model, base, seed)
+    assert isinstance(like, Gradient)
+    return Paired(like, RandomSteps(model, like, seed))
 
 
 class Paired:

@@ -37,6 +37,8 @@ import fastweights
 from fastweights import ExactStore, nn, ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from held_out import interval, ppmd_primed
+
 from record import Record, machine, save_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +50,6 @@ PASSAGES = 8  # for each distance
 DISTANCES = (256, 1024, 4096, 16384, 65536, 262144, 1_000_000)
 SPEED_STEP = 16384
 SPEED_BYTES = 131072
-WINDOW = 4096  # bytes of a window of the bootstrap
 Row = dict[str, Any]
 
 ALL_KEYS = 16 << 20  # bytes: a work's keys all stay
@@ -141,26 +142,6 @@ def read_all(
         for reader in readers.values():
             reader.read(piece)
     return readers
-
-
-def interval(difference: Tensor) -> list[float]:
-    """95% of the mean difference: a bootstrap over windows, since neighbouring bytes are alike."""
-    windows = torch.split(difference, WINDOW)
-    sums = torch.stack([window.sum() for window in windows])
-    sizes = torch.tensor([float(len(window)) for window in windows]).double()
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(sums), (10000, len(sums)), generator=generator)
-    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    return [round(x, 4) for x in means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()]
-
-
-def ppmd_primed() -> dict[str, float]:
-    """Work → the best primed figure of PPMd."""
-    best: dict[str, float] = {}
-    stored = json.loads((RESULT.parent / "ppmd_baseline.json").read_text(encoding="utf-8"))
-    for row in stored["rows"]:
-        best[row["work"]] = min(row["primed"], best.get(row["work"], row["primed"]))
-    return best
 
 
 def works(model: nn.LanguageModel, data: Path) -> list[Row]:

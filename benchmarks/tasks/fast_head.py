@@ -35,12 +35,13 @@ import fastweights
 from fastweights import nn, ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from held_out import interval, ppmd_primed
+
 from record import Record, machine, save_record
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "fast_head.json"
 PIECE = 1024
-WINDOW = 4096  # bytes of a window of the bootstrap
 ETAS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6)
 HALF_LIVES = (4096.0, 16384.0, 65536.0)  # beside none, at the default strength
 Row = dict[str, Any]
@@ -84,26 +85,6 @@ class Reading:
             )
             pieces.append(y)
         return torch.cat(pieces, 1)
-
-
-def interval(difference: Tensor) -> list[float]:
-    """95% of the mean difference: a bootstrap over windows, since neighbouring bytes are alike."""
-    windows = [difference[begin : begin + WINDOW] for begin in range(0, len(difference), WINDOW)]
-    sums = torch.stack([window.sum() for window in windows]).double()
-    sizes = torch.tensor([len(window) for window in windows]).double()
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(sums), (10000, len(sums)), generator=generator)
-    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    return [round(x, 4) for x in means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()]
-
-
-def ppmd_primed() -> dict[str, float]:
-    """Work → the best primed figure of PPMd."""
-    best: dict[str, float] = {}
-    stored = json.loads((RESULT.parent / "ppmd_baseline.json").read_text(encoding="utf-8"))
-    for row in stored["rows"]:
-        best[row["work"]] = min(row["primed"], best.get(row["work"], row["primed"]))
-    return best
 
 
 def quality(folder: Path, held_out: Path) -> list[Row]:

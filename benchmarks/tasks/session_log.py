@@ -10,7 +10,6 @@ bytes. Run from the project's root:
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import sysconfig
@@ -29,6 +28,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fastweights
 from fastweights import Session
+from process import resident_bytes
 from record import Record, save_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,12 +44,6 @@ def text_of(size: int) -> bytes:
         if sum(map(len, parts)) >= size:
             break
     return b"".join(parts)[:size]
-
-
-def resident_bytes() -> int:
-    """Bytes of this process that are in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -40,6 +40,7 @@ import fastweights
 from fastweights import Session
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from process import resident_bytes
 from record import Record, save_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +68,6 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "reader")
-    parser.add_argument("--fast-head", action="store_true", help="with a memory at the head")
     parser.add_argument("--bytes", type=int, default=10_000_000, help="to read in all")
     parser.add_argument("--block", type=int, default=100_000, help="bytes between measurements")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -119,12 +119,6 @@ def make_probes() -> dict[str, bytes]:
     return {"plays": plays("held_out")[0][:PROBE_BYTES], "modules": module[:PROBE_BYTES]}
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 class Soak:
     """A run: the session, the rows so far, and the folder that keeps both."""
 
@@ -139,8 +133,7 @@ class Soak:
         self.probes = make_probes()
         self.folder: Path = arguments.folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        changes: Row = {"fast_head": True} if arguments.fast_head else {}
-        model = fastweights.load_model(arguments.model, **changes).native()
+        model = fastweights.load_model(arguments.model).native()
         self._check_settings(arguments)
         state = self.folder / "soak.fwstate"
         self.session = Session.load(state, model) if state.exists() else Session(model)
@@ -155,7 +148,6 @@ class Soak:
             "text": self.text.digest(),
             "block": arguments.block,
             "model": str(arguments.model.resolve()),
-            "fast_head": arguments.fast_head,
         }
         if path.exists() and json.loads(path.read_text()) != settings:
             sys.exit(f"soak: {path} is of another run; name another --folder, or remove it")

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -17,6 +16,7 @@
 #include "../../src/ops/layer_op.hpp"
 #include "bindings.hpp"
 #include "fastweights/core/error.hpp"
+#include "guarded.hpp"
 #include "named_tensors.hpp"
 
 namespace fastweights::python {
@@ -24,23 +24,7 @@ namespace {
 
 namespace py = pybind11;
 
-/// A store that one call uses at a time: calls release the GIL.
-class GuardedStore {
- public:
-  explicit GuardedStore(ExactStore store) : store_(std::move(store)) {}
-
-  template <class Work>
-  auto use(Work work) {
-    const py::gil_scoped_release no_gil;
-    const std::unique_lock lock(busy_, std::try_to_lock);
-    if (!lock) throw Error("exact_store: another call is using it; one does one thing at a time");
-    return work(store_);
-  }
-
- private:
-  ExactStore store_;
-  std::mutex busy_;
-};
+using GuardedStore = Guarded<ExactStore>;
 
 /// The elements of a tensor of this shape and type, contiguous on the CPU.
 template <class T>
@@ -69,7 +53,8 @@ std::unique_ptr<GuardedStore> make(std::int64_t hidden_size, std::int64_t vocabu
   options.neighbours = {neighbours, seed, neighbour_bytes};
   options.temperature = temperature;
   options.rate = rate;
-  return std::make_unique<GuardedStore>(ExactStore(hidden_size, vocabulary_size, options));
+  return std::make_unique<GuardedStore>("exact_store",
+                                        ExactStore(hidden_size, vocabulary_size, options));
 }
 
 at::Tensor read(GuardedStore& self, const at::Tensor& tokens, const at::Tensor& hidden,
@@ -145,7 +130,7 @@ std::unique_ptr<GuardedStore> from_tensors(std::int64_t hidden_size, std::int64_
                      {static_cast<const std::byte*>(tensor.const_data_ptr()), tensor.nbytes()}});
   }
   return std::make_unique<GuardedStore>(
-      ExactStore::from_tensors(hidden_size, vocabulary_size, views));
+      "exact_store", ExactStore::from_tensors(hidden_size, vocabulary_size, views));
 }
 
 template <class Value>
@@ -178,7 +163,8 @@ void bind_exact_store(py::module_& module) {
       .def_static("from_tensors", &from_tensors, py::arg("hidden_size"), py::arg("vocabulary_size"),
                   py::arg("tensors"))
       .def("copy", [](GuardedStore& self) {
-        return std::make_unique<GuardedStore>(self.use([](ExactStore& store) { return store; }));
+        return std::make_unique<GuardedStore>("exact_store",
+                                              self.use([](ExactStore& store) { return store; }));
       });
 }
 

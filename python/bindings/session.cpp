@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -23,6 +22,7 @@
 #include "fastweights/core/error.hpp"
 #include "fastweights/io/tokenizer.hpp"
 #include "fastweights/nn/language_model.hpp"
+#include "guarded.hpp"
 #include "named_tensors.hpp"
 
 namespace fastweights::python {
@@ -32,26 +32,7 @@ namespace py = pybind11;
 using Model = std::shared_ptr<nn::LanguageModelImpl>;
 using Path = std::filesystem::path;
 
-/// A session that only one call uses at a time. Calls release the GIL, so that two Python threads,
-/// or a callback, could otherwise meet in it.
-class GuardedSession {
- public:
-  explicit GuardedSession(Session session) : session_(std::move(session)) {}
-
-  /// Runs `work` on the session without the GIL.
-  template <class Work>
-  auto use(Work work) {
-    const py::gil_scoped_release no_gil;
-    const std::unique_lock lock(busy_, std::try_to_lock);
-    if (!lock)
-      throw Error("session: another call is using it; one session does one thing at a time");
-    return work(session_);
-  }
-
- private:
-  Session session_;
-  std::mutex busy_;
-};
+using GuardedSession = Guarded<Session>;
 
 /// Runs the Python handlers of signals that came in; Ctrl-C arrives as KeyboardInterrupt.
 void check_signals() {
@@ -86,11 +67,11 @@ at::Tensor to_tensor(const std::vector<float>& values) {
 std::unique_ptr<GuardedSession> make(const Model& model, std::int64_t piece, std::uint64_t seed,
                                      std::int64_t journal_bytes) {
   return std::make_unique<GuardedSession>(
-      Session(model, {.piece = piece, .seed = seed, .journal_bytes = journal_bytes}));
+      "session", Session(model, {.piece = piece, .seed = seed, .journal_bytes = journal_bytes}));
 }
 
 std::unique_ptr<GuardedSession> load(const Path& path, const Model& model) {
-  return std::make_unique<GuardedSession>(Session::load(path, model));
+  return std::make_unique<GuardedSession>("session", Session::load(path, model));
 }
 
 void read(GuardedSession& self, const py::bytes& text, const py::object& progress) {
@@ -216,13 +197,14 @@ std::unique_ptr<GuardedSession> replayed(GuardedSession& self, const Model& mode
                                          const py::object& progress) {
   const SessionLog log = self.use([](Session& session) { return session.log(); });
   const py::gil_scoped_release no_gil;
-  return std::make_unique<GuardedSession>(Session::from_log(
-      model, log, {.piece = piece, .journal_bytes = journal_bytes}, progress_of(progress)));
+  return std::make_unique<GuardedSession>(
+      "session", Session::from_log(model, log, {.piece = piece, .journal_bytes = journal_bytes},
+                                   progress_of(progress)));
 }
 
 std::unique_ptr<GuardedSession> rebase(GuardedSession& self, const Model& model,
                                        const py::object& progress) {
-  return std::make_unique<GuardedSession>(self.use([&](Session& session) {
+  return std::make_unique<GuardedSession>("session", self.use([&](Session& session) {
     return fastweights::rebase(session, model, progress_of(progress));
   }));
 }
@@ -246,7 +228,8 @@ py::tuple consolidate(GuardedSession& self, const std::string& trial, const std:
 }
 
 std::unique_ptr<GuardedSession> copy(GuardedSession& self) {
-  return std::make_unique<GuardedSession>(self.use([](Session& session) { return session; }));
+  return std::make_unique<GuardedSession>("session",
+                                          self.use([](Session& session) { return session; }));
 }
 
 }  // namespace

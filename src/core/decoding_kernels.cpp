@@ -116,8 +116,6 @@ std::int64_t rows_of_task(std::int64_t columns) {
   return std::max<std::int64_t>(kRows, kTaskBytes / bytes / kRows * kRows);
 }
 
-inline std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
-
 /// A range of rows of one of several matrices that are multiplied in one loop.
 struct Rows {
   std::int64_t matrix;

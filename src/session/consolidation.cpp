@@ -165,8 +165,7 @@ struct TrialText {
   std::optional<Session> learner;  // none: the session itself
 };
 
-TrialText trial_text(const Session& session, const ConsolidationOptions& options,
-                     const Progress& progress) {
+TrialText trial_text(const Session& session, const ConsolidationOptions& options) {
   if (!options.trial.empty()) return {options.trial, std::nullopt};
   const auto& log = session.log();
   const auto tail = std::min((log.size()) / 10, kMostTrialTokens);
@@ -178,7 +177,7 @@ TrialText trial_text(const Session& session, const ConsolidationOptions& options
   }
   const auto text = io::ByteTokenizer().decode(log.tokens(log.end() - tail, log.end()));
   Session learner = session.fork();
-  learner.rollback(log.end() - tail, progress);
+  learner.rollback(log.end() - tail);
   return {text, std::move(learner)};
 }
 
@@ -230,7 +229,7 @@ Consolidation consolidate(const Session& session, const ConsolidationOptions& op
   const Model base = session.model();
   Consolidation result;
   result.trials = plan(*base, options);
-  const TrialText on = trial_text(session, options, {});
+  const TrialText on = trial_text(session, options);
   const auto layers = base->config().layers;
   const Learned tried = learned_by(on.learner ? *on.learner : session, layers);
   const auto directions =

@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "../ops/layer_op.hpp"
@@ -281,9 +282,9 @@ at::Tensor Decoder::step(const nn::LanguageModelImpl& model, std::int64_t token,
   std::vector<cpu::DecodingState> states;
   states.reserve(state.blocks.size());
   for (const auto& block : state.blocks) states.push_back(state_of(block));
-  const cpu::DecodingModel cut =
-      all_on(model) ? cpu::DecodingModel() : with_switches(model_, model);
-  const cpu::DecodingModel& plan = all_on(model) ? model_ : cut;
+  std::optional<cpu::DecodingModel> cut;
+  if (!all_on(model)) cut = with_switches(model_, model);
+  const cpu::DecodingModel& plan = cut ? *cut : model_;
   core::AlignedBuffer<float> scratch(static_cast<std::size_t>(cpu::decoding_scratch(plan)));
   auto* position = state.position.mutable_data_ptr<std::int64_t>();
   at::Tensor logits = at::empty({plan.output.rows}, at::kFloat);

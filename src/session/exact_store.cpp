@@ -8,8 +8,9 @@
 #include <map>
 #include <utility>
 
+#include "exact_store_kernels.hpp"
 #include "fastweights/core/error.hpp"
-#include "key_search.hpp"
+#include "fastweights/session/packed_tokens.hpp"
 
 namespace fastweights {
 namespace {
@@ -159,21 +160,17 @@ std::vector<T> taken_rows(std::span<const io::TensorData> tensors, const std::st
   return values;
 }
 
-std::int64_t bytes_per_token(std::int64_t vocabulary_size) {
-  return TokenPages(vocabulary_size, 1).token_bytes();
-}
-
 std::vector<std::int64_t> unpacked(std::span<const std::uint8_t> packed, std::int64_t width) {
   std::vector<std::int64_t> tokens(packed.size() / static_cast<std::size_t>(width));
-  for (std::size_t i = 0; i < packed.size(); ++i) {
-    const std::size_t at = i / static_cast<std::size_t>(width);
-    tokens[at] |= std::int64_t{packed[i]} << (8 * (i % static_cast<std::size_t>(width)));
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    tokens[i] = detail::load_token(packed.data() + i * static_cast<std::size_t>(width), width);
   }
   return tokens;
 }
 
 void pack(std::int64_t token, std::int64_t width, std::vector<std::uint8_t>& out) {
-  for (std::int64_t i = 0; i < width; ++i) out.push_back(static_cast<std::uint8_t>(token >> 8 * i));
+  out.resize(out.size() + static_cast<std::size_t>(width));
+  detail::store_token(token, width, out.data() + out.size() - static_cast<std::size_t>(width));
 }
 
 }  // namespace
@@ -428,7 +425,7 @@ void ExactStore::rollback(const Checkpoint& checkpoint) {
 
 std::vector<StoredTensor> ExactStore::tensors() const {
   static_assert(std::endian::native == std::endian::little);
-  const std::int64_t width = bytes_per_token(vocabulary_size_);
+  const std::int64_t width = detail::token_bytes(vocabulary_size_);
   const std::array<std::int64_t, kOptionFields> options = {
       options_.match.shortest,   options_.match.longest,
       options_.match.candidates, options_.match.bytes,
@@ -540,7 +537,7 @@ ExactStore ExactStore::from_tensors(std::int64_t hidden_size, std::int64_t vocab
   }
   try {
     ExactStore store(hidden_size, vocabulary_size, taken_options(tensors));
-    const std::int64_t width = bytes_per_token(vocabulary_size);
+    const std::int64_t width = detail::token_bytes(vocabulary_size);
     take_match(tensors, sizes[3], width, store.match_);
     take_neighbours(tensors, sizes[4], width, vocabulary_size, store.neighbours_);
     store.mixture_.restore(taken_mixture(tensors));

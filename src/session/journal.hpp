@@ -25,7 +25,8 @@ class Journal {
  public:
   explicit Journal(std::int64_t budget) : budget_(budget) {}
 
-  /// Adds a checkpoint behind all others; one at the same position is kept as it is.
+  /// Adds a copy of a place as a checkpoint behind all others; one at the same position is kept as
+  /// it is.
   void add(std::int64_t position, const Place& place);
   /// Drops those at which `keep(position)` is false.
   template <class Keep>

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "fastweights/core/error.hpp"
+#include "fastweights/session/packed_tokens.hpp"
 
 namespace fastweights {
 namespace {
@@ -18,9 +19,16 @@ std::size_t token_width(std::int64_t vocabulary_size) {
     throw Error("session log: vocabulary_size must be in [1, 2^32], got " +
                 std::to_string(vocabulary_size));
   }
-  std::size_t width = 1;
-  while ((std::int64_t{1} << (8 * width)) < vocabulary_size) ++width;
-  return width;
+  return static_cast<std::size_t>(detail::token_bytes(vocabulary_size));
+}
+
+/// The first of so many packed tokens that is not in the vocabulary; `count` if all are.
+std::size_t find_unknown(const std::byte* packed, std::size_t width, std::size_t count,
+                         std::int64_t vocabulary_size) {
+  std::size_t i = 0;
+  const auto bytes = static_cast<std::int64_t>(width);
+  while (i < count && detail::load_token(packed + i * width, bytes) < vocabulary_size) ++i;
+  return i;
 }
 
 /// Tokens that the calls claim to hold; throws unless they can be the calls of one log.
@@ -115,12 +123,13 @@ SessionLog SessionLog::from_packed(std::int64_t vocabulary_size, std::span<const
     log.calls_.push_back({call, begin});
     begin += call.tokens;
   }
-  for (std::int64_t i = log.start(); i < log.end(); ++i) {
-    const std::int64_t id = log.tokens(i, i + 1).front();
-    if (id >= vocabulary_size) {
-      throw Error("session log: token " + std::to_string(i) + " must be below " +
-                  std::to_string(vocabulary_size) + ", got " + std::to_string(id));
-    }
+  const std::size_t width = log.bytes_per_token_;
+  const std::size_t unknown = find_unknown(packed.data(), width, held, vocabulary_size);
+  if (unknown < held) {
+    const auto position = log.start() + static_cast<std::int64_t>(unknown);
+    throw Error("session log: token " + std::to_string(position) + " must be below " +
+                std::to_string(vocabulary_size) + ", got " +
+                std::to_string(log.tokens(position, position + 1).front()));
   }
   check_strengths(strengths, log.start(), log.end());
   log.put_strengths(std::move(strengths));
@@ -152,11 +161,12 @@ void SessionLog::append(std::span<const std::int64_t> tokens) {
                   "), got " + std::to_string(id));
     }
   }
-  for (const std::int64_t id : tokens) {
-    for (std::size_t b = 0; b < bytes_per_token_; ++b) {
-      packed_.push_back(static_cast<std::byte>((id >> (8 * b)) & 0xFF));
-    }
+  std::vector<std::byte> packed(tokens.size() * bytes_per_token_);
+  const auto width = static_cast<std::int64_t>(bytes_per_token_);
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    detail::store_token(tokens[i], width, packed.data() + i * bytes_per_token_);
   }
+  packed_.append(packed);
 }
 
 // ---- edits -------------------------------------------------------------------------------------
@@ -264,9 +274,9 @@ std::vector<std::int64_t> SessionLog::tokens(std::int64_t begin, std::int64_t en
   check_span(begin, end);
   const std::vector<std::byte> bytes = packed_.items(byte_at(begin), byte_at(end));
   std::vector<std::int64_t> out(static_cast<std::size_t>(end - begin));
-  for (std::size_t i = 0; i < bytes.size(); ++i) {
-    out[i / bytes_per_token_] |= std::to_integer<std::int64_t>(bytes[i])
-                                 << (8 * (i % bytes_per_token_));
+  const auto width = static_cast<std::int64_t>(bytes_per_token_);
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    out[i] = detail::load_token(bytes.data() + i * bytes_per_token_, width);
   }
   return out;
 }

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "fastweights/core/error.hpp"
+#include "option_checks.hpp"
 
 namespace fastweights {
 namespace {
@@ -13,9 +14,7 @@ namespace {
 constexpr std::uint32_t kNoHash = 0;
 
 void check_option(const char* name, std::int64_t value, std::int64_t least, std::int64_t most) {
-  if (value >= least && value <= most) return;
-  throw Error("longest_match: " + std::string(name) + " must be in [" + std::to_string(least) +
-              ", " + std::to_string(most) + "], got " + std::to_string(value));
+  detail::check_option("longest_match", name, value, least, most);
 }
 
 [[noreturn]] void refuse(const std::string& what) { throw Error("longest_match: " + what); }

@@ -7,10 +7,11 @@
 #include <limits>
 #include <string>
 
+#include "exact_store_kernels.hpp"
 #include "fastweights/core/aligned_buffer.hpp"
 #include "fastweights/core/error.hpp"
 #include "fastweights/session/generator.hpp"
-#include "key_search.hpp"
+#include "option_checks.hpp"
 
 namespace fastweights {
 namespace {
@@ -26,9 +27,7 @@ static_assert(NearestNeighbours::kPage == kKeyPage);
 constexpr std::int64_t kTile = 64;
 
 void check(const char* name, std::int64_t value, std::int64_t least, std::int64_t most) {
-  if (value >= least && value <= most) return;
-  throw Error("nearest_neighbours: " + std::string(name) + " must be in [" + std::to_string(least) +
-              ", " + std::to_string(most) + "], got " + std::to_string(value));
+  detail::check_option("nearest_neighbours", name, value, least, most);
 }
 
 /// Random signs (Achlioptas 2003), divided by √size.

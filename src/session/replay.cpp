@@ -12,7 +12,7 @@
 namespace fastweights::detail {
 namespace {
 
-/// Written tokens between two checkpoints: a checkpoint costs a copy of the state.
+/// Written tokens between two checkpoints: each is a copy of the state.
 constexpr std::int64_t kWrittenSpacing = 64;
 
 at::Device device_of(const nn::LanguageModelImpl& model) {
@@ -82,10 +82,8 @@ void Replay::run(const SessionLog& log, std::int64_t begin, std::int64_t piece, 
   }
 }
 
-void Replay::checkpoint_written(std::int64_t position, Journal& journal) {
-  if (position % kWrittenSpacing != 0 || journal.budget() == 0) return;
-  journal.add(position, place_);
-  own_ = false;
+void Replay::checkpoint_written(std::int64_t position, Journal& journal) const {
+  if (position % kWrittenSpacing == 0) journal.add(position, place_);
 }
 
 }  // namespace fastweights::detail

@@ -34,7 +34,7 @@ class Replay {
            const Progress& progress);
 
   /// Leaves a checkpoint after a written token, now and then.
-  void checkpoint_written(std::int64_t position, Journal& journal);
+  void checkpoint_written(std::int64_t position, Journal& journal) const;
 
  private:
   const nn::LanguageModelImpl& model_;

@@ -6,6 +6,7 @@
 
 #include "executors.hpp"
 #include "fastweights/core/cpu.hpp"
+#include "gradient_check.hpp"
 #include "rule_case.hpp"
 
 namespace fastweights::test {
@@ -20,19 +21,6 @@ const core::RuleForms<Real>& forms(RuleName rule) {
     case RuleName::kMomentumDeltaRule: break;
   }
   return cpu::momentum_delta_rule_forms<Real>();
-}
-
-/// RMS(error) / RMS(exact), 0 for two empty or zero tensors.
-template <class Real>
-double error_ratio(const std::vector<Real>& got, const std::vector<double>& exact) {
-  if (got.size() != exact.size()) return std::numeric_limits<double>::infinity();
-  double error = 0;
-  double size = 0;
-  for (std::size_t i = 0; i < got.size(); ++i) {
-    error += std::pow(static_cast<double>(got[i]) - exact[i], 2);
-    size += exact[i] * exact[i];
-  }
-  return error == 0 ? 0 : std::sqrt(error / size);
 }
 
 template <class Real>
@@ -87,29 +75,8 @@ void check_backward(const RuleCase& c) {
   RuleCall<double> call(c);
   const auto& rule = forms<double>(c.options.rule);
   rule.backward(call.params(), call.gradients(weights), two_threads());
-  std::mt19937_64 random(7);
-  std::normal_distribution<double> normal;
-  for (const auto& [name, gradient] : call.gradients()) {
-    CAPTURE(name);
-    double expected = 0;
-    double norm = 0;
-    RuleCase moved = c;
-    std::vector<double> direction;
-    for (const double slope : gradient) {
-      direction.push_back(normal(random));
-      expected += slope * direction.back();
-      norm += slope * slope;
-    }
-    const double step = 1e-6;
-    double difference = 0;
-    for (const double sign : {1.0, -1.0}) {
-      for (std::size_t i = 0; i < direction.size(); ++i) {
-        moved.inputs[name][i] = c.inputs.at(name)[i] + sign * step * direction[i];
-      }
-      difference += sign * loss(moved, weights);
-    }
-    CHECK(std::abs(difference / (2 * step) - expected) <= 1e-6 * std::sqrt(norm) + 1e-7);
-  }
+  check_differences(c, call.gradients(),
+                    [&](const RuleCase& moved) { return loss(moved, weights); });
   RuleCall<float> in_float(c);
   forms<float>(c.options.rule)
       .backward(in_float.params(), in_float.gradients(weights), core::serial_executor());

@@ -6,23 +6,11 @@
 #include <vector>
 
 #include "executors.hpp"
+#include "gradient_check.hpp"
 #include "softmax_delta_rule_case.hpp"
 
 namespace fastweights::test {
 namespace {
-
-/// RMS(error) / RMS(exact), 0 for two empty or zero tensors.
-template <class Real>
-double error_ratio(const std::vector<Real>& got, const std::vector<double>& exact) {
-  if (got.size() != exact.size()) return std::numeric_limits<double>::infinity();
-  double error = 0;
-  double size = 0;
-  for (std::size_t i = 0; i < got.size(); ++i) {
-    error += std::pow(static_cast<double>(got[i]) - exact[i], 2);
-    size += exact[i] * exact[i];
-  }
-  return error == 0 ? 0 : std::sqrt(error / size);
-}
 
 template <class Real>
 void check_forward(const SoftmaxCase& c, double tolerance) {
@@ -80,29 +68,7 @@ void check_backward(const SoftmaxCase& c) {
   const SoftmaxOutputs weights = loss_weights(c);
   const auto exact = gradients<double>(c, two_threads());
   CHECK(gradients<double>(c, core::serial_executor()) == exact);
-  std::mt19937_64 random(7);
-  std::normal_distribution<double> normal;
-  for (const auto& [name, values] : c.inputs) {
-    CAPTURE(name);
-    double expected = 0;
-    double norm = 0;
-    SoftmaxCase moved = c;
-    std::vector<double> direction;
-    for (const double slope : exact.at(name)) {
-      direction.push_back(normal(random));
-      expected += slope * direction.back();
-      norm += slope * slope;
-    }
-    const double step = 1e-6;
-    double difference = 0;
-    for (const double sign : {1.0, -1.0}) {
-      for (std::size_t i = 0; i < direction.size(); ++i) {
-        moved.inputs[name][i] = values[i] + sign * step * direction[i];
-      }
-      difference += sign * loss(moved, weights);
-    }
-    CHECK(std::abs(difference / (2 * step) - expected) <= 1e-6 * std::sqrt(norm) + 1e-7);
-  }
+  check_differences(c, exact, [&](const SoftmaxCase& moved) { return loss(moved, weights); });
   for (const auto& [name, gradient] : gradients<float>(c, two_threads())) {
     CAPTURE(name);
     if (c.inputs.contains(name)) CHECK(error_ratio(gradient, exact.at(name)) <= 1e-4);

@@ -15,6 +15,7 @@
 #include "fastweights/nn/model_folder.hpp"
 #include "file_fixture.hpp"
 #include "numerics.hpp"
+#include "pieces.hpp"
 #include "small_model.hpp"
 
 namespace fastweights::nn {
@@ -23,8 +24,11 @@ namespace {
 using at::Tensor;
 using Catch::Matchers::ContainsSubstring;
 using Catch::Matchers::MessageMatches;
+using test::check_close;
 using test::error_ratio;
+using test::gradients_in_pieces;
 using test::random_tokens;
+using test::read_in_pieces;
 using test::small_config;
 using test::small_model;
 
@@ -33,31 +37,6 @@ LanguageModelConfig head_config() {
   config.fast_head = true;
   config.fast_head_half_life = 100.0;
   return config;
-}
-
-void check_close(const LanguageModelState& state, const LanguageModelState& expected) {
-  const auto a = state.tensors();
-  const auto b = expected.tensors();
-  REQUIRE(a.size() == b.size());
-  for (size_t i = 0; i < a.size(); ++i) {
-    CAPTURE(a[i].first);
-    CHECK(error_ratio(a[i].second, b[i].second) < 1e-5);
-  }
-}
-
-/// Reads piece by piece; returns all logits, leaves the state in `state`.
-Tensor read_in_pieces(const LanguageModelImpl& model, const Tensor& tokens, int64_t piece,
-                      LanguageModelState& state, ForwardOptions options = {}) {
-  std::vector<Tensor> logits;
-  const auto strength = options.write_strength;
-  for (int64_t begin = 0; begin < tokens.size(1); begin += piece) {
-    const auto count = std::min(piece, tokens.size(1) - begin);
-    if (strength.defined()) options.write_strength = strength.narrow(1, begin, count);
-    auto output = model.forward(tokens.narrow(1, begin, count), state, options);
-    state = std::move(output.state);
-    logits.push_back(output.logits);
-  }
-  return at::cat(logits, 1);
 }
 
 TEST_CASE("fast head: a text in pieces of any size is a text in one call") {
@@ -175,17 +154,8 @@ TEST_CASE("fast head: gradients of a text in two pieces are those of one call") 
   auto model = small_model(head_config());
   model->to(at::kDouble);
   const auto tokens = random_tokens(2, 40);
-  const auto gradient = [&](int64_t piece) {
-    model->zero_grad();
-    auto state = model->initial_state(2);
-    read_in_pieces(*model, tokens, piece, state).logsumexp(-1).mean().backward();
-    std::vector<Tensor> gradients;
-    for (const auto& parameter : model->parameters()) gradients.push_back(parameter.grad().clone());
-    return gradients;
-  };
-  const auto whole = gradient(40);
-  const auto pieces = gradient(13);
-  for (size_t i = 0; i < whole.size(); ++i) CHECK(error_ratio(pieces[i], whole[i]) < 1e-10);
+  const auto whole = gradients_in_pieces(*model, tokens, 40);
+  check_close(gradients_in_pieces(*model, tokens, 13), whole, 1e-10);
 }
 
 TEST_CASE("fast head: options leave logits out") {

@@ -15,6 +15,7 @@
 #include "fastweights/core/error.hpp"
 #include "fastweights/nn/language_model.hpp"
 #include "numerics.hpp"
+#include "pieces.hpp"
 #include "small_model.hpp"
 
 namespace fastweights::nn {
@@ -23,35 +24,13 @@ namespace {
 using at::Tensor;
 using Catch::Matchers::ContainsSubstring;
 using Catch::Matchers::MessageMatches;
+using test::check_close;
 using test::error_ratio;
+using test::gradients_in_pieces;
 using test::random_tokens;
+using test::read_in_pieces;
 using test::small_config;
 using test::small_model;
-
-/// Reads `tokens` piece by piece; returns all logits, leaves the state in `state`.
-Tensor read_in_pieces(const LanguageModelImpl& model, const Tensor& tokens, int64_t piece,
-                      LanguageModelState& state, bool in_place = false) {
-  std::vector<Tensor> logits;
-  ForwardOptions options;
-  options.in_place = in_place;
-  for (int64_t begin = 0; begin < tokens.size(1); begin += piece) {
-    const auto count = std::min(piece, tokens.size(1) - begin);
-    auto output = model.forward(tokens.narrow(1, begin, count), state, options);
-    state = std::move(output.state);
-    logits.push_back(output.logits);
-  }
-  return at::cat(logits, 1);
-}
-
-void check_close(const LanguageModelState& state, const LanguageModelState& expected) {
-  const auto a = state.tensors();
-  const auto b = expected.tensors();
-  REQUIRE(a.size() == b.size());
-  for (size_t i = 0; i < a.size(); ++i) {
-    CAPTURE(a[i].first);
-    CHECK(error_ratio(a[i].second, b[i].second) < 1e-5);
-  }
-}
 
 TEST_CASE("a text in pieces of any size is a text in one call") {
   const int64_t piece = GENERATE(1, 7, 128, 1000);
@@ -62,7 +41,7 @@ TEST_CASE("a text in pieces of any size is a text in one call") {
   const auto tokens = random_tokens(2, 1100);
   const auto whole = model->forward(tokens, model->initial_state(2));
   auto state = model->initial_state(2);
-  const auto logits = read_in_pieces(*model, tokens, piece, state, in_place);
+  const auto logits = read_in_pieces(*model, tokens, piece, state, {.in_place = in_place});
   CHECK(error_ratio(logits, whole.logits) < 1e-5);
   check_close(state, whole.state);
 }
@@ -179,17 +158,8 @@ TEST_CASE("gradients of a text in two pieces are those of one call") {
   auto model = small_model();
   model->to(at::kDouble);
   const auto tokens = random_tokens(2, 60);
-  const auto gradient = [&](int64_t piece) {
-    model->zero_grad();
-    auto state = model->initial_state(2);
-    read_in_pieces(*model, tokens, piece, state).logsumexp(-1).mean().backward();
-    std::vector<Tensor> gradients;
-    for (const auto& parameter : model->parameters()) gradients.push_back(parameter.grad().clone());
-    return gradients;
-  };
-  const auto whole = gradient(60);
-  const auto pieces = gradient(23);
-  for (size_t i = 0; i < whole.size(); ++i) CHECK(error_ratio(pieces[i], whole[i]) < 1e-10);
+  const auto whole = gradients_in_pieces(*model, tokens, 60);
+  check_close(gradients_in_pieces(*model, tokens, 23), whole, 1e-10);
 }
 
 TEST_CASE("under autocast logits and fast weights are fp32 and near those of fp32") {
@@ -221,7 +191,7 @@ TEST_CASE("one model serves several threads at once") {
   const auto read = [&](int64_t row, Tensor& out) {
     const at::NoGradGuard no_grad;
     auto state = model->initial_state(1);
-    out = read_in_pieces(*model, text.narrow(0, row, 1), 9, state, /*in_place=*/true);
+    out = read_in_pieces(*model, text.narrow(0, row, 1), 9, state, {.in_place = true});
   };
   for (int64_t row = 0; row < 4; ++row) read(row, alone[row]);
   std::vector<std::thread> threads;

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from small_models import small_model
+from small_sessions import same_bits
 
 import fastweights
 from fastweights import Session
@@ -68,11 +69,6 @@ def place(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTWEIGHTS_MODEL", raising=False)
     return Place(tmp_path, fastweights.load_model(tmp_path / "models" / "reader"), capsysbinary)
-
-
-def same_bits(a: Session, b: Session) -> bool:
-    left, right = a.state(), b.state()
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
 
 
 def shown(text: str) -> str:

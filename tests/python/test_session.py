@@ -8,44 +8,22 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from small_models import VARIANTS, small_model
+from small_sessions import NOISE, same_bits
 
 import fastweights
 from fastweights import Session
 from fastweights.nn import LanguageModel
-
-NOISE = bytes((i * i * 31 + i // 7) % 256 for i in range(3000))
 
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
     torch.manual_seed(1)
     return small_model(vocabulary_size=256)
-
-
-def same_bits(a: Session, b: Session) -> bool:
-    left, right = a.state(), b.state()
-    return left.keys() == right.keys() and all(
-        torch.equal(left[name], right[name]) for name in left
-    )
-
-
-@pytest.fixture
-def alarm() -> Iterator[None]:
-    """SIGALRM raises KeyboardInterrupt, as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
 
 
 # ---- fused kernels ------------------------------------------------------------------------------

@@ -651,7 +651,27 @@ TEST_CASE("checkpoints keep within their budget, and grow rarer with distance", 
   CHECK(replayed(500) <= 600);
   CHECK(replayed(4000) <= 3500);
   CHECK(Session(random_model(), {.journal_bytes = 0}).report().checkpoints == 0);
+  Session writer(random_model());
+  writer.write({.max_tokens = 200, .seed = 1});
+  CHECK(writer.report().checkpoints == 3);  // one for every 64 written tokens
   CHECK_THROWS_AS(Session(random_model(), {.journal_bytes = -1}), Error);
+}
+
+TEST_CASE("large tensors in checkpoints are their own, too", "[edits]") {
+  const OneThread one_thread;
+  auto config = small_config();
+  config.memory_key_size = config.memory_value_size = 128;  // 128 KiB of fast weights in a layer
+  const Model model = random_model(1, config);
+  Session session(model, {.piece = kPiece});
+  session.read(noise(40));
+  session.write({.max_tokens = 150, .seed = 3});
+  const Session written = session.fork();
+  session.rollback(110);
+  Session straight(model, {.piece = kPiece});
+  straight.read(noise(40));
+  straight.write({.max_tokens = 70, .seed = 3});
+  CHECK(same_bits(session, straight));
+  CHECK(same_bits(written, Session::from_log(model, written.log(), {.piece = kPiece})));
 }
 
 TEST_CASE("a report counts", "[edits]") {

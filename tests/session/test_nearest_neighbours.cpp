@@ -7,7 +7,7 @@
 #include <span>
 #include <vector>
 
-#include "../../src/session/key_search.hpp"
+#include "../../src/session/exact_store_kernels.hpp"
 #include "../core/executors.hpp"
 #include "fastweights/core/error.hpp"
 #include "fastweights/session/generator.hpp"

@@ -33,8 +33,11 @@ using fastweights::FileError;
 using fastweights::LogCall;
 using fastweights::Session;
 using fastweights::StateMismatch;
+using fastweights::test::get;
 using fastweights::test::Model;
+using fastweights::test::names_in;
 using fastweights::test::noise;
+using fastweights::test::put;
 using fastweights::test::random_model;
 using fastweights::test::same_bits;
 using fastweights::test::small_config;
@@ -75,15 +78,6 @@ class FileSizeLimit {
   rlimit old_limit_{};
   void (*old_handler_)(int) = nullptr;
 };
-
-std::string contents(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-void write_contents(const fs::path& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary) << bytes;
-}
 
 }  // namespace
 
@@ -131,7 +125,7 @@ TEST_CASE("where calls end changes rounding at most", "[session]") {
   CHECK(same_bits(whole, on_pieces));
 
   Session elsewhere(model, {.piece = 100});
-  for (const auto [begin, size] : {std::pair{0, 1}, {1, 333}, {334, 306}}) {
+  for (const auto& [begin, size] : {std::pair{0, 1}, {1, 333}, {334, 306}}) {
     elsewhere.read(text.substr(begin, size));
   }
   CHECK(distance(elsewhere, whole) < 1e-4);
@@ -394,7 +388,7 @@ TEST_CASE("a saved session goes on as if it had never been saved", "[session]") 
   CHECK(same_bits(resumed, session));
   resumed.save(folder / "b.fwstate");
   session.save(folder / "a.fwstate");
-  CHECK(contents(folder / "a.fwstate") == contents(folder / "b.fwstate"));
+  CHECK(get(folder / "a.fwstate") == get(folder / "b.fwstate"));
 }
 
 TEST_CASE("a fresh session can be saved", "[session]") {
@@ -407,13 +401,13 @@ TEST_CASE("a fresh session can be saved", "[session]") {
 TEST_CASE("only its owner can read a state file", "[session]") {
   const TemporaryFolder folder;
   const fs::path path = folder / "a.fwstate";
-  write_contents(path, "anybody can read this");
+  put(path, "anybody can read this");
   fs::permissions(path, fs::perms(0644));
   Session(random_model()).save(path);
   struct stat status{};
   REQUIRE(stat(path.c_str(), &status) == 0);
   CHECK((status.st_mode & 0777) == 0600);
-  CHECK(folder.files() == 1);
+  CHECK(names_in(folder.path()).size() == 1);
 }
 
 /// A message that names the file and says why.
@@ -427,9 +421,9 @@ TEST_CASE("a file that is not this session's is refused", "[session]") {
   Session session(random_model());
   session.read(noise(100));
   session.save(path);
-  const std::string bytes = contents(path);
+  const std::string bytes = get(path);
   const auto load = [&](const std::string& content) {
-    write_contents(path, content);
+    put(path, content);
     return Session::load(path, random_model());
   };
 
@@ -448,7 +442,7 @@ TEST_CASE("a file that is not this session's is refused", "[session]") {
   fs::remove(path);
   CHECK_THROWS_MATCHES(Session::load(path, random_model()), FileError, says(""));
   CHECK_THROWS_AS(Session::load(folder / ".", random_model()), FileError);
-  write_contents(path, bytes);
+  put(path, bytes);
   CHECK_NOTHROW(Session::load(path, random_model()));
 }
 
@@ -457,15 +451,15 @@ TEST_CASE("a full disk leaves the old file whole", "[session]") {
   const fs::path path = folder / "a.fwstate";
   Session session(random_model());
   session.save(path);
-  const std::string before = contents(path);
+  const std::string before = get(path);
   session.read(noise(300));
   {
     const FileSizeLimit limit(before.size() / 2);
     CHECK_THROWS_MATCHES(session.save(path), FileError,
                          MessageMatches(ContainsSubstring("a.fwstate")));
   }
-  CHECK(contents(path) == before);
-  CHECK(folder.files() == 1);
+  CHECK(get(path) == before);
+  CHECK(names_in(folder.path()).size() == 1);
   CHECK_THROWS_AS(session.save(folder / "no such folder" / "a.fwstate"), FileError);
   session.save(path);
   CHECK(same_bits(Session::load(path, random_model()), session));

@@ -348,15 +348,12 @@ class RandomSteps(Frozen):
     @torch.no_grad()
     def learn(self, text: bytes) -> None:
         """The other learner has learned this text already."""
+        own = list(self.model.parameters())
         for index, weight in enumerate(self.like.model.parameters()):
             distance = (weight - self.before[index]).norm()
             step = torch.randn(weight.shape, generator=self.generator)
-            self.model_weights[index].add_(step, alpha=float(distance / step.norm()))
+            own[index].add_(step, alpha=float(distance / step.norm()))
             self.before[index] = weight.detach().clone()
-
-    @property
-    def model_weights(self) -> list[nn.Parameter]:
-        return list(self.model.parameters())
 
 
 def load_reader(folder: Path, fast_head: bool = False) -> LanguageModel:

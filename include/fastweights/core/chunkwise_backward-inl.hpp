@@ -195,7 +195,10 @@ void relate_tokens(BackwardScratch<Real>& s) {
   for (std::int64_t i = 1; i < C; ++i) {
     scale_row(s.gamma.data() + (i - 1) * stride, s.decay[i], i, s.gamma.data() + i * stride);
   }
-  scale_row(s.gamma.data() + (C - 1) * stride, static_cast<Real>(s.pending.scale()), C, s.to_end);
+  const auto pending = static_cast<Real>(s.pending.scale());
+  for (std::int64_t j = 0; j < C; ++j) {
+    s.to_end[j] = pending * s.gamma[BackwardScratch<Real>::size((C - 1) * stride + j)];
+  }
 
   transpose(s.k.data(), s.key_stride, C, s.shape.K, s.features_transposed.data(), stride);
   const auto keys = row_major(s.features_transposed.data(), stride);

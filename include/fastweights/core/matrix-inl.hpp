@@ -19,12 +19,15 @@ namespace hn = hwy::HWY_NAMESPACE;
 #error "fastweights::core needs vectors whose size is known when compiling (x86, NEON)"
 #endif
 
-/// Vectors across one panel of columns: two where there are 32 registers, one where there are 16.
+/// Vector registers.
 #if HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64
-inline constexpr int kPanelVectors = 2;
+inline constexpr int kRegisters = 32;
 #else
-inline constexpr int kPanelVectors = 1;
+inline constexpr int kRegisters = 16;
 #endif
+
+/// Vectors across one panel of columns: two where there are 32 registers, one where there are 16.
+inline constexpr int kPanelVectors = kRegisters / 16;
 
 template <class Real>
 using Tag = hn::ScalableTag<Real>;
@@ -37,8 +40,12 @@ template <class Real>
 inline constexpr std::int64_t kPanel =
     kPanelVectors * static_cast<std::int64_t>(hn::MaxLanes(Tag<Real>()));
 
+constexpr std::int64_t divide_up(std::int64_t value, std::int64_t by) {
+  return (value + by - 1) / by;
+}
+
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+  return divide_up(value, multiple) * multiple;
 }
 
 /// A matrix cut into panels of `kPanel` columns; element (row, column) of panel p lies at

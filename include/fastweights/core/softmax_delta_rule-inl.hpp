@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "fastweights/core/aligned_buffer.hpp"
+#include "fastweights/core/matrix-inl.hpp"
 #include "fastweights/core/rows-inl.hpp"
 #include "fastweights/core/softmax_delta_rule.hpp"
 #include "fastweights/core/team.hpp"
@@ -34,14 +35,6 @@ inline constexpr int kTokens = 16;
 inline constexpr std::int64_t kColumns = 128;
 /// Rows of a state that one task takes where columns are summed.
 inline constexpr std::int64_t kRows = 64;
-
-#if HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64
-inline constexpr int kRegisters = 32;
-#else
-inline constexpr int kRegisters = 16;
-#endif
-
-inline std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
 
 // ---- products ----------------------------------------------------------------------------------
 

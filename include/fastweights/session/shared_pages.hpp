@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -9,41 +8,9 @@
 #include <vector>
 
 #include "fastweights/core/aligned_buffer.hpp"
+#include "fastweights/session/shared.hpp"
 
 namespace fastweights {
-
-namespace detail {
-
-/// Whether nobody else refers to the value. What others read of it before they let go is done then.
-template <class T>
-bool is_alone(const std::shared_ptr<T>& value) {
-  if (value.use_count() > 1) return false;
-  std::atomic_thread_fence(std::memory_order_acquire);
-  return true;
-}
-
-}  // namespace detail
-
-/// A value that copies share until one of them changes it. One copy is used by one thread at a
-/// time; different copies may be used by different threads.
-template <class T>
-class Shared {
- public:
-  Shared() : value_(std::make_shared<T>()) {}
-  explicit Shared(T value) : value_(std::make_shared<T>(std::move(value))) {}
-
-  const T& operator*() const { return *value_; }
-  const T* operator->() const { return value_.get(); }
-
-  /// The value to be changed: a copy of its own where others share it.
-  T& edit() {
-    if (!detail::is_alone(value_)) value_ = std::make_shared<T>(*value_);
-    return *value_;
-  }
-
- private:
-  std::shared_ptr<T> value_;
-};
 
 /// A sequence that grows at its end and is dropped from its front, in pages that copies share: a
 /// copy costs a pointer, and a write into a page that is shared copies that page. No LibTorch.

@@ -1,24 +1,14 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <span>
 #include <vector>
 
-namespace fastweights::detail {
+#include "fastweights/session/shared.hpp"
 
-/// The value behind `pointer`, after making it one's own: a copy is made if others have it too.
-template <class T>
-T& own(std::shared_ptr<T>& pointer) {
-  if (pointer.use_count() != 1) {
-    pointer = std::make_shared<T>(*pointer);
-  } else {
-    std::atomic_thread_fence(std::memory_order_acquire);  // after the last other reader let go
-  }
-  return *pointer;
-}
+namespace fastweights::detail {
 
 /// A sequence whose copies share what they have in common: items lie in blocks, blocks in groups,
 /// and what is shared is copied when it is changed. A copy costs nothing until one of the two

@@ -1,9 +1,8 @@
 #pragma once
 
-#include <algorithm>
-#include <bit>
 #include <cstdint>
 
+#include "fastweights/session/packed_tokens.hpp"
 #include "fastweights/session/shared_pages.hpp"
 
 namespace fastweights {
@@ -13,7 +12,7 @@ class TokenPages {
  public:
   /// An empty text of tokens in [0, vocabulary_size), in pages of `page_size` tokens.
   TokenPages(std::int64_t vocabulary_size, std::int64_t page_size)
-      : token_bytes_(bytes_for(vocabulary_size)),
+      : token_bytes_(detail::token_bytes(vocabulary_size)),
         page_size_(page_size),
         pages_(page_size * token_bytes_) {}
 
@@ -26,18 +25,14 @@ class TokenPages {
 
   std::int64_t operator[](std::int64_t index) const {
     const std::uint8_t* at = pages_.page(index / page_size_) + index % page_size_ * token_bytes_;
-    std::int64_t token = at[0];
-    for (std::int64_t i = 1; i < token_bytes_; ++i) token |= std::int64_t{at[i]} << (8 * i);
-    return token;
+    return detail::load_token(at, token_bytes_);
   }
 
   void push_back(std::int64_t token) {
     const std::int64_t index = size();
     resize(index + 1);
     std::uint8_t* at = pages_.edit_page(index / page_size_) + index % page_size_ * token_bytes_;
-    for (std::int64_t i = 0; i < token_bytes_; ++i) {
-      at[i] = static_cast<std::uint8_t>(token >> (8 * i));
-    }
+    detail::store_token(token, token_bytes_, at);
   }
 
   void resize(std::int64_t size) { pages_.resize(size * token_bytes_); }
@@ -45,11 +40,6 @@ class TokenPages {
   void start_at(std::int64_t page) { pages_.start_at(page); }
 
  private:
-  static std::int64_t bytes_for(std::int64_t vocabulary_size) {
-    const int bits = std::bit_width(static_cast<std::uint64_t>(vocabulary_size - 1));
-    return std::max<std::int64_t>(1, (bits + 7) / 8);
-  }
-
   std::int64_t token_bytes_;
   std::int64_t page_size_;
   SharedPages<std::uint8_t> pages_;

@@ -144,7 +144,8 @@ def _read(arguments: argparse.Namespace) -> int:
         for index, path in enumerate(arguments.texts):
             text = _behind(arguments.skip, path) if index == 0 else read_bytes(path)
             _read_text(session, path, text, arguments.score)
-            if not arguments.no_save:
+            is_last = index + 1 == len(arguments.texts)  # saved when the session ends
+            if not arguments.no_save and not is_last:
                 session.save(arguments.state)
     return 0
 

@@ -1,6 +1,6 @@
 // Products of bytes with AVX-512 VNNI, which Highway 1.0 does not offer. The instruction multiplies
 // unsigned by signed bytes: keys are taken 128 higher, and 128 times a query's sum is taken off.
-#include "key_search.hpp"
+#include "exact_store_kernels.hpp"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>

@@ -1,7 +1,7 @@
-#include "key_search.hpp"
+#include "exact_store_kernels.hpp"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "key_search.cpp"
+#define HWY_TARGET_INCLUDE "exact_store_kernels.cpp"
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
