@@ -1,5 +1,7 @@
-// One token through a language model. Every loop over a team's threads is cut the same way for any
-// number of them, and every row of a product is summed in the same order.
+// A token of each of some sessions through a language model. Every loop over a team's threads is
+// cut the same way for any number of them, and every product of a row is summed in the same order
+// whatever rows and sessions share its tile: the bits of a session depend neither on threads nor on
+// company. So what a compiler may contract or not is in one place for all of them, or is spelt out.
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "decoding_kernels.cpp"
@@ -9,7 +11,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <initializer_list>
+#include <iterator>
+#include <span>
 #include <vector>
 
 #include "activation-inl.hpp"
@@ -29,6 +32,7 @@ using cpu::DecodingMemory;
 using cpu::DecodingModel;
 using cpu::DecodingSizes;
 using cpu::DecodingState;
+using cpu::DecodingToken;
 using cpu::Weights;
 
 using Float = hn::ScalableTag<float>;
@@ -53,60 +57,118 @@ inline void store(float value, hwy::bfloat16_t* to) {
   *to = std::bit_cast<hwy::bfloat16_t>(narrow_to_bfloat16(value));
 }
 
-// ---- products with a vector
+// ---- products
 
 /// Bytes of weights that one task streams: enough to outweigh the taking of a task.
 constexpr std::int64_t kTaskBytes = 32768;
-/// Rows that are read at a time.
+/// Rows of a matrix that are read at a time.
 constexpr int kRows = 4;
+/// Sessions whose vectors stay in the nearest cache while a task's weights pass.
+constexpr std::int64_t kBlock = 16;
 
-/// out[i] ← row i · x, for rows of `columns` elements. What comes `kRows` rows later is asked for.
-template <int kCount, class T>
-HWY_INLINE void dot_rows(const T* HWY_RESTRICT rows, std::int64_t columns,
-                         const float* HWY_RESTRICT x, float* HWY_RESTRICT out) {
+/// Rows in a tile of so many sessions: their sums fill half of the registers.
+constexpr int rows_in_tile(int sessions) {
+  return std::min(kRows, std::max(1, kRegisters / 4 / sessions));
+}
+
+/// A row of each of several sessions, `stride` apart.
+struct Vectors {
+  float* data;
+  std::int64_t stride;
+
+  Vectors from(std::int64_t session, std::int64_t element = 0) const {
+    return {data + session * stride + element, stride};
+  }
+};
+
+/// out[session][row] ← row · x[session], for rows of `columns` elements, `row_stride` apart. What
+/// comes `kRows` rows later is asked for where the product waits for memory.
+template <int kCount, int kSessions, class T>
+HWY_INLINE void multiply_tile(const T* HWY_RESTRICT rows, std::int64_t row_stride,
+                              std::int64_t columns, Vectors x, Vectors out) {
   const Float d;
+  const hn::CappedTag<float, 1> one;
+  constexpr int kSums = (kCount * kSessions + 3) / 4 * 4;
   const auto step = lanes();
-  hn::Vec<Float> even[kCount], odd[kCount];
+  hn::Vec<Float> even[kSums], odd[kCount * kSessions];
+#pragma GCC unroll 16
+  for (int i = 0; i < kSums; ++i) even[i] = hn::Zero(d);
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount * kSessions; ++i) odd[i] = hn::Zero(d);
+  const auto add = [&](std::int64_t c, hn::Vec<Float>* sums) HWY_ATTR {
+    hn::Vec<Float> weights[kCount];
 #pragma GCC unroll 4
-  for (int i = 0; i < kCount; ++i) even[i] = odd[i] = hn::Zero(d);
+    for (int i = 0; i < kCount; ++i) {
+      const T* at = rows + i * row_stride + c;
+      if constexpr (kSessions == 1) hwy::Prefetch(at + kRows * row_stride);
+      weights[i] = load(at);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kSessions; ++j) {
+      const auto vector = hn::LoadU(d, x.data + j * x.stride + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) {
+        sums[j * kCount + i] = hn::MulAdd(weights[i], vector, sums[j * kCount + i]);
+      }
+    }
+  };
   std::int64_t c = 0;
   for (; c + 2 * step <= columns; c += 2 * step) {
-    const auto first = hn::LoadU(d, x + c);
-    const auto second = hn::LoadU(d, x + c + step);
-#pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i) {
-      const T* at = rows + i * columns + c;
-      hwy::Prefetch(at + kRows * columns);
-      if constexpr (sizeof(T) == 4) hwy::Prefetch(at + kRows * columns + step);
-      even[i] = hn::MulAdd(load(at), first, even[i]);
-      odd[i] = hn::MulAdd(load(at + step), second, odd[i]);
-    }
+    add(c, even);
+    add(c + step, odd);
   }
-  for (; c + step <= columns; c += step) {
-    const auto first = hn::LoadU(d, x + c);
-#pragma GCC unroll 4
+  for (; c + step <= columns; c += step) add(c, even);
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount * kSessions; ++i) even[i] = hn::Add(even[i], odd[i]);
+  alignas(64) float sums[kSums];
+  sum_each(d, even, kSums, sums);
+  for (int j = 0; j < kSessions; ++j) {
     for (int i = 0; i < kCount; ++i) {
-      even[i] = hn::MulAdd(load(rows + i * columns + c), first, even[i]);
+      auto sum = hn::Set(one, sums[j * kCount + i]);
+      for (auto rest = c; rest < columns; ++rest) {
+        sum = hn::MulAdd(hn::Set(one, to_float(rows[i * row_stride + rest])),
+                         hn::Set(one, x.data[j * x.stride + rest]), sum);
+      }
+      out.data[j * out.stride + i] = hn::GetLane(sum);
     }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < kCount; ++i) {
-    float sum = hn::GetLane(hn::SumOfLanes(d, hn::Add(even[i], odd[i])));
-    for (auto rest = c; rest < columns; ++rest) sum += to_float(rows[i * columns + rest]) * x[rest];
-    out[i] = sum;
   }
 }
 
-/// out[0 … count) ← rows [first, first + count) of the matrix times x.
-template <class T>
-void multiply_rows(const Weights& matrix, std::int64_t first, std::int64_t count, const float* x,
-                   float* out) {
-  const T* rows = static_cast<const T*>(matrix.data) + first * matrix.columns;
+/// The same for `count` rows and kSessions sessions.
+template <int kSessions, class T>
+HWY_INLINE void multiply_for(const T* rows, std::int64_t row_stride, std::int64_t columns,
+                             std::int64_t count, Vectors x, Vectors out) {
+  constexpr int kCount = rows_in_tile(kSessions);
   std::int64_t i = 0;
-  for (; i + kRows <= count; i += kRows) {
-    dot_rows<kRows>(rows + i * matrix.columns, matrix.columns, x, out + i);
+  for (; i + kCount <= count; i += kCount) {
+    multiply_tile<kCount, kSessions>(rows + i * row_stride, row_stride, columns, x, out.from(0, i));
   }
-  for (; i < count; ++i) dot_rows<1>(rows + i * matrix.columns, matrix.columns, x, out + i);
+  for (; i < count; ++i) {
+    multiply_tile<1, kSessions>(rows + i * row_stride, row_stride, columns, x, out.from(0, i));
+  }
+}
+
+/// out[session][i] ← row i · x[session], for `count` rows and any number of sessions.
+template <class T>
+HWY_NOINLINE void multiply_vectors(const T* rows, std::int64_t row_stride, std::int64_t columns,
+                                   std::int64_t count, std::int64_t sessions, Vectors x,
+                                   Vectors out) {
+  std::int64_t j = 0;
+  for (; j + 4 <= sessions; j += 4) {
+    multiply_for<4>(rows, row_stride, columns, count, x.from(j), out.from(j));
+  }
+  for (; j + 2 <= sessions; j += 2) {
+    multiply_for<2>(rows, row_stride, columns, count, x.from(j), out.from(j));
+  }
+  if (j < sessions) multiply_for<1>(rows, row_stride, columns, count, x.from(j), out.from(j));
+}
+
+/// The same with rows [first, first + count) of the matrix.
+template <class T>
+void multiply_rows(const Weights& matrix, std::int64_t first, std::int64_t count,
+                   std::int64_t sessions, Vectors x, Vectors out) {
+  const T* rows = static_cast<const T*>(matrix.data) + first * matrix.columns;
+  multiply_vectors(rows, matrix.columns, matrix.columns, count, sessions, x, out);
 }
 
 /// Rows of one task.
@@ -133,46 +195,8 @@ inline Rows rows_at(const std::int64_t* rows, std::int64_t each, std::int64_t ta
 
 // ---- scratch memory
 
-/// Rows of scratch memory, each a multiple of 16 elements.
+/// Rows of scratch memory of one session.
 struct Scratch {
-  explicit Scratch(const DecodingModel& model) {
-    const auto& s = model.sizes;
-    const auto scores = s.attention_sinks + s.attention_window;
-    const auto place = [&](float* Scratch::* member, std::int64_t size) {
-      members.push_back({member, total});
-      total += (size + 31) / 16 * 16;
-    };
-    place(&Scratch::x, s.width);
-    place(&Scratch::normed, s.width);
-    place(&Scratch::query, s.width);
-    place(&Scratch::key, s.width);
-    place(&Scratch::value, s.width);
-    place(&Scratch::attended, s.width);
-    place(&Scratch::angles, s.width);
-    place(&Scratch::features, 2 * s.keys() + s.values());
-    place(&Scratch::beta, s.memory_value_heads);
-    place(&Scratch::decay, s.memory_value_heads);
-    place(&Scratch::gate, s.values());
-    place(&Scratch::recalled, s.values());
-    place(&Scratch::hidden, s.feed_forward_width);
-    scores_stride = (scores + 31) / 16 * 16;
-    place(&Scratch::scores, scores_stride * s.attention_heads);
-    if (!model.fast_head) return;
-    place(&Scratch::head_key, s.width);
-    place(&Scratch::head_error, model.output.rows);
-  }
-
-  void start_at(float* memory) {
-    for (const auto& [member, offset] : members) this->*member = memory + offset;
-  }
-
-  struct Place {
-    float* Scratch::* member;
-    std::int64_t offset;
-  };
-  std::vector<Place> members;
-  std::int64_t total = 0;
-  std::int64_t scores_stride = 0;
   float* x = nullptr;         // the residual stream
   float* normed = nullptr;    // a norm of it
   float* query = nullptr;     // of attention
@@ -189,6 +213,63 @@ struct Scratch {
   float* scores = nullptr;      // [heads, scores_stride]
   float* head_key = nullptr;    // the hidden state that predicted the token, times its strength
   float* head_error = nullptr;  // how wrong its prediction was
+};
+
+/// Where the rows of a session lie, each a multiple of 16 elements.
+class ScratchLayout {
+ public:
+  explicit ScratchLayout(const DecodingModel& model) {
+    const auto& s = model.sizes;
+    place(&Scratch::x, s.width);
+    place(&Scratch::normed, s.width);
+    place(&Scratch::query, s.width);
+    place(&Scratch::key, s.width);
+    place(&Scratch::value, s.width);
+    place(&Scratch::attended, s.width);
+    place(&Scratch::angles, s.width);
+    place(&Scratch::features, 2 * s.keys() + s.values());
+    place(&Scratch::beta, s.memory_value_heads);
+    place(&Scratch::decay, s.memory_value_heads);
+    place(&Scratch::gate, s.values());
+    place(&Scratch::recalled, s.values());
+    place(&Scratch::hidden, s.feed_forward_width);
+    scores_stride_ = padded(s.attention_sinks + s.attention_window);
+    place(&Scratch::scores, scores_stride_ * s.attention_heads);
+    if (!model.fast_head) return;
+    place(&Scratch::head_key, s.width);
+    place(&Scratch::head_error, model.output.rows);
+  }
+
+  /// Elements of a session.
+  std::int64_t size() const { return size_; }
+  std::int64_t scores_stride() const { return scores_stride_; }
+
+  /// The rows of each session, one session behind the other.
+  std::vector<Scratch> rows(std::size_t sessions, float* memory) const {
+    std::vector<Scratch> all(sessions);
+    for (Scratch& each : all) {
+      for (const auto& [member, offset] : places_) each.*member = memory + offset;
+      memory += size_;
+    }
+    return all;
+  }
+
+ private:
+  struct Place {
+    float* Scratch::* member;
+    std::int64_t offset;
+  };
+
+  static std::int64_t padded(std::int64_t size) { return (size + 31) / 16 * 16; }
+
+  void place(float* Scratch::* member, std::int64_t size) {
+    places_.push_back({member, size_});
+    size_ += padded(size);
+  }
+
+  std::vector<Place> places_;
+  std::int64_t size_ = 0;
+  std::int64_t scores_stride_ = 0;
 };
 
 // ---- between the products
@@ -212,159 +293,230 @@ void silu(const float* x, const float* factor, std::int64_t size, float* out) {
   for (; i < size; ++i) run(hn::CappedTag<float, 1>(), i);
 }
 
-/// Everything of one token; `T` is the model's type.
+/// Everything of a batch of tokens; `T` is the model's type.
 template <class T>
 class Decoder {
  public:
-  Decoder(const DecodingModel& model, std::int64_t position, float strength, Scratch& scratch,
+  Decoder(const DecodingModel& model, std::span<const DecodingToken> tokens, float* memory,
           Team& team)
       : model_(model),
         sizes_(model.sizes),
-        position_(position),
-        strength_(strength),
-        s_(scratch),
+        tokens_(tokens),
+        layout_(model),
+        s_(layout_.rows(tokens.size(), memory)),
         team_(team) {}
 
-  void run(std::int64_t token, const std::vector<DecodingState>& states,
-           const DecodingHeadState& head, float* logits) {
-    const T* row = static_cast<const T*>(model_.embedding.data) + token * sizes_.width;
-    for (std::int64_t i = 0; i < sizes_.width; ++i) s_.x[i] = to_float(row[i]);
-    fill_angles();
-    for (std::size_t layer = 0; layer < model_.layers.size(); ++layer) {
-      run_layer(model_.layers[layer], states[layer]);
-    }
-    norm(s_.x, model_.norm, sizes_.width, sizes_.norm_epsilon, s_.normed);
+  void run(float* logits) {
+    for_each_session([&](std::int64_t i) { start(i); });
+    for (std::size_t layer = 0; layer < model_.layers.size(); ++layer) run_layer(layer);
+    norm_all(model_.norm);
+    const auto vocabulary = model_.output.rows;
     const auto each = rows_of_task<T>(sizes_.width);
-    team_.loop(divide_up(model_.output.rows, each), [&](std::int64_t task) {
+    team_.loop(divide_up(vocabulary, each), [&](std::int64_t task) {
       const auto first = task * each;
-      multiply_rows<T>(model_.output, first, std::min(each, model_.output.rows - first), s_.normed,
-                       logits + first);
+      const auto count = std::min(each, vocabulary - first);
+      const Vectors out{logits, vocabulary};
+      for_each_block([&](std::int64_t i, std::int64_t sessions) {
+        multiply_rows<T>(model_.output, first, count, sessions, rows(&Scratch::normed, i),
+                         out.from(i, first));
+      });
     });
-    if (model_.fast_head) correct(token, head, logits);
+    if (model_.fast_head) correct(logits);
   }
 
  private:
-  /// Writes `token` into the memory at the head, for the hidden state that predicted it, reads the
-  /// memory for the new one and leaves that to be written next.
-  void correct(std::int64_t token, const DecodingHeadState& head, float* logits) {
-    const auto width = sizes_.width;
-    const auto vocabulary = model_.output.rows;
-    const float eta = std::min(static_cast<float>(model_.head_eta) * strength_, 2.0f);
-    const auto shrink = static_cast<float>(
-        std::expm1(model_.head_decay * std::min(static_cast<double>(strength_), 1.0)));
-    T* hidden = static_cast<T*>(head.hidden);
-    for (std::int64_t i = 0; i < width; ++i) s_.head_key[i] = to_float(hidden[i]);
-    scale_row(s_.head_key, eta * inverse_norm(s_.head_key, width), width, s_.head_key);
-    if (eta != 0.0f) {
-      softmax_delta::prediction_error(head.logits, token, vocabulary, s_.head_error);
-    }
-    // As the modules have it: the hidden state in the model's type.
-    for (std::int64_t i = 0; i < width; ++i) {
-      store(s_.normed[i], hidden + i);
-      s_.normed[i] = to_float(hidden[i]);
-    }
-    scale_row(s_.normed, inverse_norm(s_.normed, width), width, s_.normed);
-    using softmax_delta::kColumns;
-    team_.loop(divide_up(vocabulary, kColumns), [&](std::int64_t task) {
-      const auto begin = task * kColumns;
-      const auto end = std::min(vocabulary, begin + kColumns);
-      if (eta != 0.0f || shrink != 0.0f) {
-        softmax_delta::multiply<float>({.rows = width,
-                                        .inner = eta != 0.0f ? 1 : 0,
-                                        .left = s_.head_key,
-                                        .left_row = 1,
-                                        .left_inner = width,
-                                        .right = s_.head_error,
-                                        .right_stride = vocabulary,
-                                        .base = head.state,
-                                        .base_stride = vocabulary,
-                                        .shrink = shrink,
-                                        .out = head.state,
-                                        .out_stride = vocabulary},
-                                       begin, end);
-      }
-      softmax_delta::multiply<float>({.rows = 1,
-                                      .inner = width,
-                                      .left = s_.normed,
-                                      .left_row = width,
-                                      .left_inner = 1,
-                                      .right = head.state,
-                                      .right_stride = vocabulary,
-                                      .base = logits,
-                                      .base_stride = vocabulary,
-                                      .out = logits,
-                                      .out_stride = vocabulary},
-                                     begin, end);
-    });
-    std::copy_n(logits, vocabulary, head.logits);
+  std::int64_t sessions() const { return static_cast<std::int64_t>(tokens_.size()); }
+  const DecodingToken& token(std::int64_t session) const {
+    return tokens_[static_cast<std::size_t>(session)];
+  }
+  Scratch& scratch(std::int64_t session) { return s_[static_cast<std::size_t>(session)]; }
+  const DecodingState& state(std::int64_t session, std::size_t layer) const {
+    return token(session).states[layer];
   }
 
-  void run_layer(const DecodingLayer& layer, const DecodingState& state) {
-    norm(s_.x, layer.mixer_norm, sizes_.width, sizes_.norm_epsilon, s_.normed);
-    project(layer, state);
-    run_heads(layer, state);
-    mix(layer);
-    norm(s_.x, layer.feed_forward_norm, sizes_.width, sizes_.norm_epsilon, s_.normed);
-    feed_forward(layer);
+  /// A row of scratch memory of the sessions from `session` on, from its element `element` on.
+  Vectors rows(float* Scratch::* member, std::int64_t session, std::int64_t element = 0) {
+    return {scratch(session).*member + element, layout_.size()};
+  }
+
+  /// Runs `body(session)` for each; one is not worth a loop of the team.
+  template <class Body>
+  void for_each_session(const Body& body) {
+    if (sessions() == 1) return body(0);
+    team_.loop(sessions(), body);
+  }
+
+  /// Runs `body(first, count)` on blocks of sessions.
+  template <class Body>
+  void for_each_block(const Body& body) const {
+    for (std::int64_t first = 0; first < sessions(); first += kBlock) {
+      body(first, std::min(kBlock, sessions() - first));
+    }
+  }
+
+  void norm_all(const float* weight) {
+    for_each_session([&](std::int64_t i) {
+      norm(scratch(i).x, weight, sizes_.width, sizes_.norm_epsilon, scratch(i).normed);
+    });
+  }
+
+  /// The embedding of a session's token, and the angles of its position.
+  void start(std::int64_t session) {
+    const T* row =
+        static_cast<const T*>(model_.embedding.data) + token(session).token * sizes_.width;
+    float* x = scratch(session).x;
+    for (std::int64_t i = 0; i < sizes_.width; ++i) x[i] = to_float(row[i]);
+    fill_angles(token(session).position, scratch(session).angles);
   }
 
   // The angles of RotaryTable for a call of one token.
-  void fill_angles() {
+  void fill_angles(std::int64_t position, float* angles) const {
     if (sizes_.attention_heads == 0) return;
     const auto pairs = head_size() / 4;
     for (std::int64_t i = 0; i < pairs; ++i) {
       const double frequency =
           std::pow(sizes_.rope_base, -static_cast<double>(i) / static_cast<double>(pairs));
-      const double angle = static_cast<double>(position_) * frequency;
-      s_.angles[i] = static_cast<float>(std::cos(angle));
-      s_.angles[pairs + i] = static_cast<float>(std::sin(angle));
+      const double angle = static_cast<double>(position) * frequency;
+      angles[i] = static_cast<float>(std::cos(angle));
+      angles[pairs + i] = static_cast<float>(std::sin(angle));
     }
   }
 
   std::int64_t head_size() const { return sizes_.width / sizes_.attention_heads; }
 
+  /// Writes each token into the memory at the head, for the hidden state that predicted it, reads
+  /// the memory for the new one and leaves that to be written next.
+  void correct(float* logits) {
+    for_each_session([&](std::int64_t i) { prepare_head(i); });
+    const auto vocabulary = model_.output.rows;
+    const auto each = softmax_delta::kColumns;
+    const auto tasks = divide_up(vocabulary, each);
+    team_.loop(sessions() * tasks, [&](std::int64_t task) {
+      const auto session = task / tasks;
+      const auto begin = task % tasks * each;
+      correct_columns(session, begin, std::min(vocabulary, begin + each),
+                      logits + session * vocabulary);
+    });
+  }
+
+  float head_eta(float strength) const {
+    return std::min(static_cast<float>(model_.head_eta) * strength, 2.0f);
+  }
+
+  /// What the head's products need: the key and the error of the write, and the key of the read.
+  void prepare_head(std::int64_t session) {
+    const auto width = sizes_.width;
+    const auto& [id, position, strength, states, head] = token(session);
+    Scratch& s = scratch(session);
+    const float eta = head_eta(strength);
+    T* hidden = static_cast<T*>(head.hidden);
+    for (std::int64_t i = 0; i < width; ++i) s.head_key[i] = to_float(hidden[i]);
+    scale_row(s.head_key, eta * inverse_norm(s.head_key, width), width, s.head_key);
+    if (eta != 0.0f) {
+      softmax_delta::prediction_error(head.logits, id, model_.output.rows, s.head_error);
+    }
+    // As the modules have it: the hidden state in the model's type.
+    for (std::int64_t i = 0; i < width; ++i) {
+      store(s.normed[i], hidden + i);
+      s.normed[i] = to_float(hidden[i]);
+    }
+    scale_row(s.normed, inverse_norm(s.normed, width), width, s.normed);
+  }
+
+  /// The write and the read of the head on its columns [begin, end).
+  void correct_columns(std::int64_t session, std::int64_t begin, std::int64_t end, float* logits) {
+    const auto width = sizes_.width;
+    const auto vocabulary = model_.output.rows;
+    const float strength = token(session).strength;
+    const DecodingHeadState& head = token(session).head;
+    const Scratch& s = scratch(session);
+    const float eta = head_eta(strength);
+    const auto shrink = static_cast<float>(
+        std::expm1(model_.head_decay * std::min(static_cast<double>(strength), 1.0)));
+    if (eta != 0.0f || shrink != 0.0f) {
+      softmax_delta::multiply<float>({.rows = width,
+                                      .inner = eta != 0.0f ? 1 : 0,
+                                      .left = s.head_key,
+                                      .left_row = 1,
+                                      .left_inner = width,
+                                      .right = s.head_error,
+                                      .right_stride = vocabulary,
+                                      .base = head.state,
+                                      .base_stride = vocabulary,
+                                      .shrink = shrink,
+                                      .out = head.state,
+                                      .out_stride = vocabulary},
+                                     begin, end);
+    }
+    softmax_delta::multiply<float>({.rows = 1,
+                                    .inner = width,
+                                    .left = s.normed,
+                                    .left_row = width,
+                                    .left_inner = 1,
+                                    .right = head.state,
+                                    .right_stride = vocabulary,
+                                    .base = logits,
+                                    .base_stride = vocabulary,
+                                    .out = logits,
+                                    .out_stride = vocabulary},
+                                   begin, end);
+    std::copy(logits + begin, logits + end, head.logits + begin);
+  }
+
+  void run_layer(std::size_t number) {
+    const DecodingLayer& layer = model_.layers[number];
+    norm_all(layer.mixer_norm);
+    project(layer, number);
+    run_heads(layer, number);
+    mix(layer);
+    norm_all(layer.feed_forward_norm);
+    feed_forward(layer);
+  }
+
   /// All projections of the mixer's input, and the convolution of each channel as it comes.
-  void project(const DecodingLayer& layer, const DecodingState& state) {
+  void project(const DecodingLayer& layer, std::size_t number) {
     const auto& a = layer.attention;
     const auto& m = layer.memory;
     const auto keys = sizes_.keys();
     struct Target {
       const Weights& weights;
-      float* out;
+      float* Scratch::* out;
       std::int64_t channel;  // of the convolution, or −1
     };
-    const Target targets[] = {{a.query, s_.query, -1},
-                              {a.key, s_.key, -1},
-                              {a.value, s_.value, -1},
-                              {m.query, s_.features, 0},
-                              {m.key, s_.features + keys, keys},
-                              {m.value, s_.features + 2 * keys, 2 * keys},
-                              {m.gate, s_.gate, -1},
-                              {m.beta, s_.beta, -1},
-                              {m.decay, s_.decay, -1}};
-    std::int64_t rows[std::size(targets)];
+    const Target targets[] = {
+        {a.query, &Scratch::query, -1},    {a.key, &Scratch::key, -1},
+        {a.value, &Scratch::value, -1},    {m.query, &Scratch::features, 0},
+        {m.key, &Scratch::features, keys}, {m.value, &Scratch::features, 2 * keys},
+        {m.gate, &Scratch::gate, -1},      {m.beta, &Scratch::beta, -1},
+        {m.decay, &Scratch::decay, -1}};
+    std::int64_t sizes[std::size(targets)];
     const auto each = rows_of_task<T>(sizes_.width);
     std::int64_t tasks = 0;
     for (std::size_t i = 0; i < std::size(targets); ++i) {
-      rows[i] = targets[i].weights.rows;
-      tasks += divide_up(rows[i], each);
+      sizes[i] = targets[i].weights.rows;
+      tasks += divide_up(sizes[i], each);
     }
     team_.loop(tasks, [&](std::int64_t task) {
-      const auto [matrix, first, count] = rows_at(rows, each, task);
+      const auto [matrix, first, count] = rows_at(sizes, each, task);
       const Target& target = targets[matrix];
-      multiply_rows<T>(target.weights, first, count, s_.normed, target.out + first);
-      if (target.channel < 0) return;
-      convolve(m, state, target.channel + first, count);
+      const auto out = std::max<std::int64_t>(target.channel, 0) + first;
+      for_each_block([&, first = first, count = count](std::int64_t i, std::int64_t together) {
+        multiply_rows<T>(target.weights, first, count, together, rows(&Scratch::normed, i),
+                         rows(target.out, i, out));
+        if (target.channel < 0) return;
+        for (auto j = i; j < i + together; ++j) {
+          convolve(m, state(j, number), scratch(j).features, out, count);
+        }
+      });
     });
   }
 
   /// Convolves channels in place and moves their inputs on by one token.
-  void convolve(const DecodingMemory& m, const DecodingState& state, std::int64_t first,
-                std::int64_t count) {
+  void convolve(const DecodingMemory& m, const DecodingState& state, float* x, std::int64_t first,
+                std::int64_t count) const {
     const auto channels = 2 * sizes_.keys() + sizes_.values();
     const auto past = sizes_.convolution_size - 1;
     T* inputs = static_cast<T*>(state.convolution);
-    float* x = s_.features;
     for (auto c = first; c < first + count; ++c) {
       float sum = 0.0f;
       for (std::int64_t tap = 0; tap < past; ++tap) {
@@ -379,78 +531,87 @@ class Decoder {
     silu(x + first, nullptr, count, x + first);
   }
 
-  void run_heads(const DecodingLayer& layer, const DecodingState& state) {
+  void run_heads(const DecodingLayer& layer, std::size_t number) {
     const auto memories = layer.memory.output.data ? sizes_.memory_value_heads : 0;
     const auto attentions = layer.attention.output.data ? sizes_.attention_heads : 0;
-    team_.loop(memories + attentions, [&](std::int64_t task) {
-      if (task < memories) {
-        recall(layer.memory, state, task);
+    const auto heads = memories + attentions;
+    team_.loop(sessions() * heads, [&](std::int64_t task) {
+      const auto session = task / heads;
+      const auto head = task % heads;
+      if (head < memories) {
+        recall(layer.memory, state(session, number), session, head);
       } else {
-        attend(layer.attention, state, task - memories);
+        attend(layer.attention, state(session, number), session, head - memories);
       }
     });
   }
 
   /// One head of the memory: the write, the read, the gated norm.
-  void recall(const DecodingMemory& m, const DecodingState& state, std::int64_t head) {
+  void recall(const DecodingMemory& m, const DecodingState& state, std::int64_t session,
+              std::int64_t head) {
+    const Scratch& s = scratch(session);
+    const float strength = token(session).strength;
     const auto K = sizes_.memory_key_size;
     const auto V = sizes_.memory_value_size;
     const auto key_head = head / (sizes_.memory_value_heads / sizes_.memory_heads);
     alignas(64) float q[kMaxHeadSize];
     alignas(64) float k[kMaxHeadSize];
     alignas(64) float o[kMaxHeadSize];
-    const float* query = s_.features + key_head * K;
-    const float* key = s_.features + sizes_.keys() + key_head * K;
+    const float* query = s.features + key_head * K;
+    const float* key = s.features + sizes_.keys() + key_head * K;
     const float scale = 1.0f / std::sqrt(static_cast<float>(K));
     scale_row(query, inverse_norm(query, K) * scale, K, q);
     scale_row(key, inverse_norm(key, K), K, k);
     const float trained =
-        static_cast<float>(sizes_.beta_max) / (1.0f + std::exp(-std::max(s_.beta[head], -87.0f)));
-    const float beta = std::min(trained * strength_, 2.0f);
-    const Token<float> token{q, k, decay_of_head(m, head), beta, dot(q, k, K)};
-    step_token(token, K, V, s_.features + 2 * sizes_.keys() + head * V, state.memory + head * K * V,
+        static_cast<float>(sizes_.beta_max) / (1.0f + std::exp(-std::max(s.beta[head], -87.0f)));
+    const float beta = std::min(trained * strength, 2.0f);
+    const float decay = decay_of_head(m, s, strength, head);
+    const Token<float> write{q, k, decay, beta, dot(q, k, K)};
+    step_token(write, K, V, s.features + 2 * sizes_.keys() + head * V, state.memory + head * K * V,
                o);
-    float* out = s_.recalled + head * V;
+    float* out = s.recalled + head * V;
     norm(o, m.norm, V, sizes_.norm_epsilon, o);
-    silu(s_.gate + head * V, o, V, out);
+    silu(s.gate + head * V, o, V, out);
   }
 
-  float decay_of_head(const DecodingMemory& m, std::int64_t head) const {
-    if (m.decay.data == nullptr || strength_ == 0.0f) return 1.0f;
-    const float x = s_.decay[head] + m.dt_bias[head];
+  static float decay_of_head(const DecodingMemory& m, const Scratch& s, float strength,
+                             std::int64_t head) {
+    if (m.decay.data == nullptr || strength == 0.0f) return 1.0f;
+    const float x = s.decay[head] + m.dt_bias[head];
     const float softplus = x > 20.0f ? x : std::log1p(std::exp(x));
-    return std::exp(-std::exp(m.a_log[head]) * softplus * std::min(strength_, 1.0f));
+    return std::exp(-std::exp(m.a_log[head]) * softplus * std::min(strength, 1.0f));
   }
 
   /// One head of attention, over the sinks and the ring. The token's own key and value go into the
   /// ring, and are read as they were before they were rounded.
-  void attend(const DecodingAttention& a, const DecodingState& state, std::int64_t head) {
+  void attend(const DecodingAttention& a, const DecodingState& state, std::int64_t session,
+              std::int64_t head) {
+    const Scratch& s = scratch(session);
+    const auto position = token(session).position;
     const auto size = head_size();
     const auto sinks = sizes_.attention_sinks;
-    const auto slot = position_ % sizes_.attention_window;
-    const auto seen = std::min(position_ + 1, sizes_.attention_window);
-    float* query = s_.query + head * size;
-    float* key = s_.key + head * size;
-    rotate_head(query);
-    rotate_head(key);
+    const auto slot = position % sizes_.attention_window;
+    const auto seen = std::min(position + 1, sizes_.attention_window);
+    float* query = s.query + head * size;
+    float* key = s.key + head * size;
+    rotate_head(s.angles, query);
+    rotate_head(s.angles, key);
     scale_row(query, 1.0f / std::sqrt(static_cast<float>(size)), size, query);
     T* keys = static_cast<T*>(state.key) + head * size;
     T* values = static_cast<T*>(state.value) + head * size;
     for (std::int64_t i = 0; i < size; ++i) {
       store(key[i], keys + slot * sizes_.width + i);
-      store(s_.value[head * size + i], values + slot * sizes_.width + i);
+      store(s.value[head * size + i], values + slot * sizes_.width + i);
     }
-    float* scores = s_.scores + head * s_.scores_stride;
+    float* scores = s.scores + head * layout_.scores_stride();
     const float* sink_keys = a.sink_key + head * sinks * (size / 2);
     for (std::int64_t i = 0; i < sinks; ++i) {
       scores[i] = dot(query + size / 2, sink_keys + i * (size / 2), size / 2);
     }
-    for (std::int64_t i = 0; i < seen; ++i) {
-      dot_rows<1>(keys + i * sizes_.width, size, query, scores + sinks + i);
-    }
+    multiply_vectors<T>(keys, sizes_.width, size, seen, 1, {query, 0}, {scores + sinks, 0});
     scores[sinks + slot] = dot(query, key, size);
     const float sum = exponentials(scores, sinks + seen);
-    float* out = s_.attended + head * size;
+    float* out = s.attended + head * size;
     std::fill_n(out, size, 0.0f);
     for (std::int64_t i = 0; i < sinks; ++i) {
       add_scaled(a.sink_value + (head * sinks + i) * size, scores[i], size, out);
@@ -458,17 +619,17 @@ class Decoder {
     for (std::int64_t i = 0; i < seen; ++i) {
       if (i != slot) add_scaled(values + i * sizes_.width, scores[sinks + i], size, out);
     }
-    add_scaled(s_.value + head * size, scores[sinks + slot], size, out);
+    add_scaled(s.value + head * size, scores[sinks + slot], size, out);
     scale_row(out, 1.0f / sum, size, out);
   }
 
-  void rotate_head(float* row) const {
+  void rotate_head(const float* angles, float* row) const {
     const auto pairs = head_size() / 4;
     for (std::int64_t i = 0; i < pairs; ++i) {
       const float a = row[i];
       const float b = row[i + pairs];
-      row[i] = a * s_.angles[i] - b * s_.angles[pairs + i];
-      row[i + pairs] = b * s_.angles[i] + a * s_.angles[pairs + i];
+      row[i] = a * angles[i] - b * angles[pairs + i];
+      row[i + pairs] = b * angles[i] + a * angles[pairs + i];
     }
   }
 
@@ -505,22 +666,33 @@ class Decoder {
     team_.loop(divide_up(sizes_.width, each), [&](std::int64_t task) {
       const auto first = task * each;
       const auto count = std::min(each, sizes_.width - first);
-      if (a.output.data) add_product(a.output, s_.attended, a.mix, first, count);
-      if (m.output.data) add_product(m.output, s_.recalled, m.mix, first, count);
+      if (a.output.data) add_product(a.output, &Scratch::attended, a.mix, first, count);
+      if (m.output.data) add_product(m.output, &Scratch::recalled, m.mix, first, count);
     });
   }
 
+  /// Rows of a matrix whose products fit into a buffer on the stack.
+  static constexpr std::int64_t kPiece = 64;
+
   /// x ← x + factor ⊙ (matrix · from), rows [first, first + count); `factor` may be null.
-  void add_product(const Weights& matrix, const float* from, const float* factor,
+  void add_product(const Weights& matrix, float* Scratch::* from, const float* factor,
                    std::int64_t first, std::int64_t count) {
-    constexpr std::int64_t kPiece = 64;
-    float product[kPiece];
-    for (auto row = first; row < first + count; row += kPiece) {
-      const auto rows = std::min(kPiece, first + count - row);
-      multiply_rows<T>(matrix, row, rows, from, product);
-      for (std::int64_t i = 0; i < rows; ++i) {
-        s_.x[row + i] += factor != nullptr ? factor[row + i] * product[i] : product[i];
+    alignas(64) float products[kBlock * kPiece];
+    for_each_block([&](std::int64_t session, std::int64_t together) {
+      for (auto row = first; row < first + count; row += kPiece) {
+        const auto size = std::min(kPiece, first + count - row);
+        multiply_rows<T>(matrix, row, size, together, rows(from, session), {products, kPiece});
+        for (std::int64_t i = 0; i < together; ++i) {
+          add_row(products + i * kPiece, factor != nullptr ? factor + row : nullptr, size,
+                  scratch(session + i).x + row);
+        }
       }
+    });
+  }
+
+  static void add_row(const float* product, const float* factor, std::int64_t size, float* x) {
+    for (std::int64_t i = 0; i < size; ++i) {
+      x[i] += factor != nullptr ? factor[i] * product[i] : product[i];
     }
   }
 
@@ -528,47 +700,54 @@ class Decoder {
     const auto hidden = sizes_.feed_forward_width;
     const auto each = rows_of_task<T>(2 * sizes_.width);
     team_.loop(divide_up(hidden, each), [&](std::int64_t task) {
-      constexpr std::int64_t kPiece = 64;
-      float up[kPiece];
-      const auto end = std::min(hidden, (task + 1) * each);
-      for (auto row = task * each; row < end; row += kPiece) {
-        const auto rows = std::min(kPiece, end - row);
-        multiply_rows<T>(layer.gate, row, rows, s_.normed, s_.hidden + row);
-        multiply_rows<T>(layer.up, row, rows, s_.normed, up);
-        silu(s_.hidden + row, up, rows, s_.hidden + row);
-      }
+      const auto first = task * each;
+      expand(layer, first, std::min(each, hidden - first));
     });
     const auto per_task = rows_of_task<T>(hidden);
     team_.loop(divide_up(sizes_.width, per_task), [&](std::int64_t task) {
       const auto first = task * per_task;
-      add_product(layer.down, s_.hidden, nullptr, first, std::min(per_task, sizes_.width - first));
+      add_product(layer.down, &Scratch::hidden, nullptr, first,
+                  std::min(per_task, sizes_.width - first));
+    });
+  }
+
+  /// hidden ← silu(gate · x) ⊙ (up · x), rows [first, first + count).
+  void expand(const DecodingLayer& layer, std::int64_t first, std::int64_t count) {
+    alignas(64) float up[kBlock * kPiece];
+    for_each_block([&](std::int64_t session, std::int64_t together) {
+      const Vectors x = rows(&Scratch::normed, session);
+      for (auto row = first; row < first + count; row += kPiece) {
+        const auto size = std::min(kPiece, first + count - row);
+        multiply_rows<T>(layer.gate, row, size, together, x, rows(&Scratch::hidden, session, row));
+        multiply_rows<T>(layer.up, row, size, together, x, {up, kPiece});
+        for (std::int64_t i = 0; i < together; ++i) {
+          float* out = scratch(session + i).hidden + row;
+          silu(out, up + i * kPiece, size, out);
+        }
+      }
     });
   }
 
   const DecodingModel& model_;
   const DecodingSizes& sizes_;
-  std::int64_t position_;
-  float strength_;
-  Scratch& s_;
+  std::span<const DecodingToken> tokens_;
+  ScratchLayout layout_;
+  std::vector<Scratch> s_;
   Team& team_;
 };
 
-void decode(const DecodingModel& model, std::int64_t token, std::int64_t position, float strength,
-            const std::vector<DecodingState>& states, float* memory, float* logits,
-            const Executor& executor, const DecodingHeadState& head) {
-  Scratch scratch(model);
-  scratch.start_at(memory);
+void decode(const DecodingModel& model, std::span<const DecodingToken> tokens, float* scratch,
+            float* logits, const Executor& executor) {
   Team::run(executor, [&](Team& team) {
     if (model.dtype == DType::kBFloat16) {
-      Decoder<hwy::bfloat16_t>(model, position, strength, scratch, team)
-          .run(token, states, head, logits);
+      Decoder<hwy::bfloat16_t>(model, tokens, scratch, team).run(logits);
     } else {
-      Decoder<float>(model, position, strength, scratch, team).run(token, states, head, logits);
+      Decoder<float>(model, tokens, scratch, team).run(logits);
     }
   });
 }
 
-std::int64_t scratch_size(const DecodingModel& model) { return Scratch(model).total; }
+std::int64_t scratch_size(const DecodingModel& model) { return ScratchLayout(model).size(); }
 
 }  // namespace
 }  // namespace fastweights::core::HWY_NAMESPACE
@@ -585,17 +764,22 @@ HWY_EXPORT(scratch_size);
 
 namespace fastweights::cpu {
 
-std::int64_t decoding_scratch(const DecodingModel& model) {
+std::int64_t decoding_scratch(const DecodingModel& model, std::int64_t tokens) {
   using namespace core;  // HWY_DYNAMIC_DISPATCH takes an unqualified name
-  return HWY_DYNAMIC_DISPATCH(scratch_size)(model);
+  return tokens * HWY_DYNAMIC_DISPATCH(scratch_size)(model);
+}
+
+void decode_tokens(const DecodingModel& model, std::span<const DecodingToken> tokens,
+                   float* scratch, float* logits, const Executor& executor) {
+  using namespace core;
+  if (!tokens.empty()) HWY_DYNAMIC_DISPATCH(decode)(model, tokens, scratch, logits, executor);
 }
 
 void decode_token(const DecodingModel& model, std::int64_t token, std::int64_t position,
                   float strength, const std::vector<DecodingState>& states, float* scratch,
                   float* logits, const Executor& executor, const DecodingHeadState& head) {
-  using namespace core;
-  HWY_DYNAMIC_DISPATCH(decode)(model, token, position, strength, states, scratch, logits, executor,
-                               head);
+  const DecodingToken one{token, position, strength, states.data(), head};
+  decode_tokens(model, {&one, 1}, scratch, logits, executor);
 }
 
 }  // namespace fastweights::cpu

@@ -229,6 +229,10 @@ cpu::DecodingHeadState head_of(const nn::HeadState& head) {
           head.logits.mutable_data_ptr<float>()};
 }
 
+std::int64_t& position_of(const DecoderStep& step) {
+  return *step.state->position.mutable_data_ptr<std::int64_t>();
+}
+
 cpu::DecodingState state_of(const nn::BlockState& block) {
   const auto data = [](const at::Tensor& tensor) -> void* {
     return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
@@ -277,21 +281,31 @@ std::unique_ptr<Decoder> Decoder::make(const nn::LanguageModelImpl& model) {
   return decoder;
 }
 
-at::Tensor Decoder::step(const nn::LanguageModelImpl& model, std::int64_t token,
-                         nn::LanguageModelState& state, float strength) const {
-  std::vector<cpu::DecodingState> states;
-  states.reserve(state.blocks.size());
-  for (const auto& block : state.blocks) states.push_back(state_of(block));
+void Decoder::step(const nn::LanguageModelImpl& model, std::span<const DecoderStep> steps) const {
   std::optional<cpu::DecodingModel> cut;
   if (!all_on(model)) cut = with_switches(model_, model);
   const cpu::DecodingModel& plan = cut ? *cut : model_;
-  core::AlignedBuffer<float> scratch(static_cast<std::size_t>(cpu::decoding_scratch(plan)));
-  auto* position = state.position.mutable_data_ptr<std::int64_t>();
-  at::Tensor logits = at::empty({plan.output.rows}, at::kFloat);
-  cpu::decode_token(plan, token, *position, strength, states, scratch.data(),
-                    logits.mutable_data_ptr<float>(), parallel_executor(), head_of(state.head));
-  *position += 1;
-  return logits;
+  std::vector<cpu::DecodingState> states;
+  states.reserve(steps.size() * plan.layers.size());
+  std::vector<cpu::DecodingToken> tokens;
+  tokens.reserve(steps.size());
+  for (const DecoderStep& step : steps) {
+    const cpu::DecodingState* first = states.data() + states.size();
+    for (const auto& block : step.state->blocks) states.push_back(state_of(block));
+    tokens.push_back(
+        {step.token, position_of(step), step.strength, first, head_of(step.state->head)});
+  }
+  const auto count = std::ssize(steps);
+  core::AlignedBuffer<float> scratch(static_cast<std::size_t>(cpu::decoding_scratch(plan, count)));
+  at::Tensor logits = at::empty({count, plan.output.rows}, at::kFloat);
+  cpu::decode_tokens(plan, tokens, scratch.data(), logits.mutable_data_ptr<float>(),
+                     parallel_executor());
+  for (std::int64_t i = 0; i < count; ++i) {
+    const DecoderStep& step = steps[static_cast<std::size_t>(i)];
+    ++position_of(step);
+    // Of its own: a session does not keep the logits of others.
+    *step.logits = count == 1 ? logits[0] : logits[i].clone();
+  }
 }
 
 }  // namespace fastweights::detail

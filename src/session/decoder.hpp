@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "fastweights/core/aligned_buffer.hpp"
@@ -12,6 +13,14 @@
 #include "fastweights/nn/state.hpp"
 
 namespace fastweights::detail {
+
+/// A session's next token.
+struct DecoderStep {
+  std::int64_t token = 0;
+  nn::LanguageModelState* state = nullptr;  ///< of a batch of one; moves on in place
+  at::Tensor* logits = nullptr;             ///< gets those of the token after it, fp32 [vocabulary]
+  float strength = 1.0F;                    ///< how strongly it is learned, in [0, 2]
+};
 
 /// Steps a model token by token on the fused kernels, without the dispatcher. It reads the model's
 /// matrices where they lie, and keeps copies of its vectors alone.
@@ -24,12 +33,10 @@ class Decoder {
   /// ask.
   static std::shared_ptr<const Decoder> of(const nn::LanguageModelImpl& model);
 
-  /// Reads one token of a batch of one: `state` moves on in place. Returns the logits of the next
-  /// one, fp32 [vocabulary].
-  /// @param model    the decoder's, for its switches
-  /// @param strength how strongly the token is learned, in [0, 2]
-  at::Tensor step(const nn::LanguageModelImpl& model, std::int64_t token,
-                  nn::LanguageModelState& state, float strength = 1.0F) const;
+  /// Reads a token of each of some sessions: the weights pass once for all of them, and each gets
+  /// the bits that it gets alone.
+  /// @param model the decoder's, for its switches
+  void step(const nn::LanguageModelImpl& model, std::span<const DecoderStep> steps) const;
 
  private:
   Decoder() = default;

@@ -4,6 +4,7 @@
 
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "decoder.hpp"
 #include "fastweights/core/error.hpp"
@@ -49,12 +50,31 @@ at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const fl
 }
 
 void Replay::write(std::int64_t token) {
-  if (!own_) place_.state = place_.state.clone();
-  own_ = true;
-  if (const auto decoder = Decoder::of(model_)) {
-    place_.logits = decoder->step(model_, token, place_.state);
+  const WrittenToken one{this, token};
+  write_each(model_, {&one, 1});
+}
+
+void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const WrittenToken> tokens) {
+  for (const WrittenToken& each : tokens) each.replay->own_state();
+  const auto decoder = Decoder::of(model);
+  if (!decoder) {
+    for (const WrittenToken& each : tokens) each.replay->write_by_modules(each.token);
     return;
   }
+  std::vector<DecoderStep> steps;
+  steps.reserve(tokens.size());
+  for (const auto& [replay, token] : tokens) {
+    steps.push_back({token, &replay->place_.state, &replay->place_.logits});
+  }
+  decoder->step(model, steps);
+}
+
+void Replay::own_state() {
+  if (!own_) place_.state = place_.state.clone();
+  own_ = true;
+}
+
+void Replay::write_by_modules(std::int64_t token) {
   const at::Tensor input = to_tensor(std::span(&token, 1)).unsqueeze(0).to(device_of(model_));
   auto [logits, state] = model_.forward(input, place_.state, {.in_place = true});
   place_ = {std::move(state), logits.flatten().to(at::kFloat, false, /*copy=*/true),

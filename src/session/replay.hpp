@@ -11,6 +11,14 @@
 
 namespace fastweights::detail {
 
+class Replay;
+
+/// A token that a replay is to read.
+struct WrittenToken {
+  Replay* replay = nullptr;
+  std::int64_t token = 0;
+};
+
 /// Moves a place on through a text. All that a session computes goes through here, whether it is
 /// read or written for the first time or replayed, so that a log gives the same bits either way.
 /// To be used in inference mode.
@@ -28,6 +36,10 @@ class Replay {
   /// Reads one token as `Session::write` does.
   void write(std::int64_t token);
 
+  /// The same for each of some replays of one model, none twice, in one pass over the weights; each
+  /// gets the bits that it gets alone.
+  static void write_each(const nn::LanguageModelImpl& model, std::span<const WrittenToken> tokens);
+
   /// Processes the log from `begin`, where the place stands, to its end, and leaves checkpoints.
   /// Throws Cancelled if `progress` says so between two steps.
   void run(const SessionLog& log, std::int64_t begin, std::int64_t piece, Journal& journal,
@@ -37,6 +49,9 @@ class Replay {
   void checkpoint_written(std::int64_t position, Journal& journal) const;
 
  private:
+  void own_state();
+  void write_by_modules(std::int64_t token);
+
   const nn::LanguageModelImpl& model_;
   Place place_;
   bool own_ = false;  // nobody else has the tensors of `place_`

@@ -1,14 +1,16 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "fastweights/core/array.hpp"
 #include "fastweights/core/executor.hpp"
 
-// One token through a whole language model, for decoding: between the weights, which are streamed
-// from memory once, everything stays in cache. Compiled for several instruction sets. The
-// arithmetic is fp32. Results do not depend on the executor.
+// One token of each of some sessions through a whole language model, for decoding: the weights are
+// streamed from memory once for all of them, and between the weights everything stays in cache.
+// Compiled for several instruction sets. The arithmetic is fp32. Results depend neither on the
+// executor nor on the other sessions: not by a bit.
 
 namespace fastweights::cpu {
 
@@ -98,16 +100,31 @@ struct DecodingHeadState {
   float* logits = nullptr;  // [vocabulary]
 };
 
-/// fp32 elements of scratch memory that `decode_token` needs.
-std::int64_t decoding_scratch(const DecodingModel& model);
+/// A session's next token.
+struct DecodingToken {
+  std::int64_t token = 0;
+  std::int64_t position = 0;  ///< tokens before it in its sequence
+  /// r in [0, 2]: every β is multiplied by r and limited to 2, every log-decay by min(r, 1), η and
+  /// log-decay at the head alike; with 0 a memory is neither written nor decays.
+  float strength = 1.0F;
+  const DecodingState* states = nullptr;  ///< one for each layer
+  DecodingHeadState head = {};            ///< null where the model has none
+};
 
-/// Reads token `token`, the one at `position` of its sequence, and writes the logits of the next
-/// one, fp32 [vocabulary]. Sizes are not checked.
-/// @param strength r in [0, 2]: every β is multiplied by r and limited to 2, every log-decay by
-///                 min(r, 1); with 0 a memory is neither written nor decays
-/// @param states  one for each layer
+/// fp32 elements of scratch memory that so many tokens need.
+std::int64_t decoding_scratch(const DecodingModel& model, std::int64_t tokens = 1);
+
+/// Reads a token of each of some sessions and writes the logits of the next ones. A session gets
+/// the bits that it gets alone, whatever others there are. Sizes are not checked.
+/// @param tokens  of sessions whose states are not each other's, fewer than 2^20 over all heads
 /// @param scratch 64-byte aligned, overwritten
-/// @param head    null where the model has none; its η and log-decay take the strength as well
+/// @param logits  fp32 [tokens, vocabulary]
+void decode_tokens(const DecodingModel& model, std::span<const DecodingToken> tokens,
+                   float* scratch, float* logits, const Executor& executor);
+
+/// The same for one session. DecodingToken tells what its parts are.
+/// @param states one for each layer
+/// @param logits fp32 [vocabulary]
 void decode_token(const DecodingModel& model, std::int64_t token, std::int64_t position,
                   float strength, const std::vector<DecodingState>& states, float* scratch,
                   float* logits, const Executor& executor, const DecodingHeadState& head = {});
