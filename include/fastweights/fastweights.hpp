@@ -46,4 +46,5 @@
 #include "fastweights/ops/softmax_delta_rule.hpp"
 #include "fastweights/session/consolidation.hpp"
 #include "fastweights/session/session.hpp"
+#include "fastweights/session/session_pool.hpp"
 #endif

@@ -23,6 +23,7 @@
 #include "fingerprint.hpp"
 #include "journal.hpp"
 #include "replay.hpp"
+#include "session_steps.hpp"
 
 namespace fastweights {
 namespace {
@@ -85,49 +86,7 @@ void for_each_piece(std::string_view text, std::int64_t piece, const Progress& p
     done += tokens.size();
     const bool go_on = !progress || progress(static_cast<std::int64_t>(done),
                                              static_cast<std::int64_t>(text.size()));
-    if (!go_on && done < text.size()) {
-      throw Cancelled("session: stopped after " + std::to_string(done) + " of " +
-                      std::to_string(text.size()) + " tokens");
-    }
-  }
-}
-
-void check_write_options(const WriteOptions& options) {
-  if (options.max_tokens < 0) {
-    throw Error("session: max_tokens must be at least 0, got " +
-                std::to_string(options.max_tokens));
-  }
-  if (std::any_of(options.stop.begin(), options.stop.end(), std::mem_fn(&std::string::empty))) {
-    throw Error("session: a stop string must not be empty");
-  }
-  check_sampling_options({options.temperature, options.top_k, options.top_p});
-}
-
-/// Draws a token. What is thrown (by logits that are no numbers) is kept for later, so that the
-/// session can be left valid first.
-std::optional<std::int64_t> sample(const at::Tensor& logits, const WriteOptions& options,
-                                   Generator& generator, std::exception_ptr& thrown) {
-  const at::Tensor plain = logits.cpu();
-  const std::span<const float> span(plain.const_data_ptr<float>(),
-                                    static_cast<std::size_t>(plain.numel()));
-  const Generator before = generator;
-  try {
-    return sample_token(span, {options.temperature, options.top_k, options.top_p},
-                        generator.uniform());
-  } catch (...) {
-    generator = before;
-    thrown = std::current_exception();
-    return {};
-  }
-}
-
-/// Calls `on_token`; what it throws is kept for later too.
-bool wants_more(const WriteOptions& options, std::string_view bytes, std::exception_ptr& thrown) {
-  try {
-    return !options.on_token || options.on_token(bytes);
-  } catch (...) {
-    thrown = std::current_exception();
-    return false;
+    if (!go_on && done < text.size()) detail::throw_stopped(done, text.size());
   }
 }
 
@@ -235,22 +194,26 @@ Place Session::base_place() const { return base_ ? *base_ : fresh_place(*model_)
 
 // ---- reading and writing -----------------------------------------------------------------------
 
+void Session::read_piece(std::span<const std::int64_t> tokens, bool first,
+                         const AfterPiece& after) {
+  Replay replay(*model_, place_);
+  const at::Tensor rows = replay.read(tokens);
+  if (first) {
+    log_.start_call(CallKind::kRead, tokens);
+  } else {
+    log_.extend_call(tokens);
+  }
+  const at::Tensor before = place_.logits;
+  place_ = replay.place();
+  journal().add(log_.end(), place_);
+  if (after) after(tokens, before, rows);
+}
+
 void Session::read_pieces(std::string_view text, const Progress& progress,
                           const AfterPiece& after) {
   const c10::InferenceMode guard;
-  for_each_piece(text, options_.piece, progress, [&](const Tokens& tokens, bool first) {
-    Replay replay(*model_, place_);
-    const at::Tensor rows = replay.read(tokens);
-    if (first) {
-      log_.start_call(CallKind::kRead, tokens);
-    } else {
-      log_.extend_call(tokens);
-    }
-    const at::Tensor before = place_.logits;
-    place_ = replay.place();
-    journal().add(log_.end(), place_);
-    if (after) after(tokens, before, rows);
-  });
+  for_each_piece(text, options_.piece, progress,
+                 [&](const Tokens& tokens, bool first) { read_piece(tokens, first, after); });
 }
 
 void Session::read(std::string_view text, const Progress& progress) {
@@ -285,35 +248,14 @@ std::vector<float> Session::token_bits(std::string_view text, const Progress& pr
 }
 
 std::string Session::write(const WriteOptions& options) {
-  check_write_options(options);
   const c10::InferenceMode guard;
-  Replay replay(*model_, place_);
-  Generator generator = options.seed ? Generator{.seed = *options.seed} : generator_;
-  detail::Journal journal = *journal_;
-  Tokens written;
-  std::string text;
-  std::exception_ptr thrown;
-  for (bool more = true; more && std::ssize(written) < options.max_tokens;) {
-    const std::optional<std::int64_t> token =
-        sample(replay.place().logits, options, generator, thrown);
-    if (!token) break;
-    replay.write(*token);
-    written.push_back(*token);
-    replay.checkpoint_written(position() + std::ssize(written), journal);
-    const std::string bytes = io::ByteTokenizer().decode(std::span(written).last(1));
-    text += bytes;
-    more = wants_more(options, bytes, thrown) &&
-           std::none_of(options.stop.begin(), options.stop.end(),
-                        [&](const std::string& stop) { return text.ends_with(stop); });
+  detail::Writing writing(*this, options);
+  while (const std::optional<std::int64_t> token = writing.draw()) {
+    writing.replay().write(*token);
+    writing.accept();
+    writing.ask();
   }
-  if (!written.empty()) {
-    log_.start_call(CallKind::kWritten, written, options.seed);
-    place_ = replay.place();
-    generator_ = generator;
-    journal_ = std::make_shared<detail::Journal>(std::move(journal));
-  }
-  if (thrown) std::rethrow_exception(thrown);
-  return text;
+  return writing.finish(*this);
 }
 
 // ---- going back --------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ class LanguageModelImpl;
 namespace detail {
 
 class Journal;
+struct SessionSteps;
+class Writing;
 
 /// A place in a text, and all that decides what comes next there. Nothing writes into the tensors
 /// of a session between its calls, so copies share them.
@@ -226,12 +228,16 @@ class Session {
                       std::shared_ptr<const nn::LanguageModelImpl> model);
 
  private:
+  friend struct detail::SessionSteps;
+  friend class detail::Writing;
+
   /// Sees each piece that was read: its tokens, the logits before its first token [vocabulary] and
   /// those after each token [T, vocabulary].
   using AfterPiece = std::function<void(std::span<const std::int64_t> tokens,
                                         const at::Tensor& before, const at::Tensor& rows)>;
 
   void read_pieces(std::string_view text, const Progress& progress, const AfterPiece& after);
+  void read_piece(std::span<const std::int64_t> tokens, bool first, const AfterPiece& after);
   void restore(const StateFile& file);
   std::int64_t resolve(const TextPoint& point, const char* name) const;
   void check_order(std::int64_t from, std::int64_t to) const;
