@@ -18,5 +18,7 @@ void bind_model(pybind11::module_& module);
 void bind_exact_store(pybind11::module_& module);
 /// `Session`.
 void bind_session(pybind11::module_& module);
+/// `SessionPool`; after `Session`, which it lends.
+void bind_session_pool(pybind11::module_& module);
 
 }  // namespace fastweights::python

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -26,12 +27,20 @@ class Guarded {
     if (!lock) {
       throw Error(name_ + ": another call is using it; one " + name_ + " does one thing at a time");
     }
-    return work(value_);
+    if (!value_) throw Error(name_ + ": it went back to where it was lent from");
+    return work(*value_);
+  }
+
+  /// Takes the value out, after a call that uses it. Later ones throw Error.
+  T take() {
+    const pybind11::gil_scoped_release no_gil;
+    const std::lock_guard lock(busy_);
+    return std::move(*std::exchange(value_, std::nullopt));
   }
 
  private:
   std::string name_;
-  T value_;
+  std::optional<T> value_;
   std::mutex busy_;
 };
 

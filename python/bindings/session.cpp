@@ -24,6 +24,7 @@
 #include "fastweights/nn/language_model.hpp"
 #include "guarded.hpp"
 #include "named_tensors.hpp"
+#include "session_calls.hpp"
 
 namespace fastweights::python {
 namespace {
@@ -31,32 +32,6 @@ namespace {
 namespace py = pybind11;
 using Model = std::shared_ptr<nn::LanguageModelImpl>;
 using Path = std::filesystem::path;
-
-using GuardedSession = Guarded<Session>;
-
-/// Runs the Python handlers of signals that came in; Ctrl-C arrives as KeyboardInterrupt.
-void check_signals() {
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
-
-/// What a callback answers: None means to go on.
-bool goes_on(const py::object& answer) { return answer.is_none() || py::bool_(answer); }
-
-Progress progress_of(const py::object& callback) {
-  return [&callback](std::int64_t done, std::int64_t total) {
-    const py::gil_scoped_acquire gil;
-    check_signals();
-    return callback.is_none() || goes_on(callback(done, total));
-  };
-}
-
-std::function<bool(std::string_view)> on_token_of(const py::object& callback) {
-  return [&callback](std::string_view bytes) {
-    const py::gil_scoped_acquire gil;
-    check_signals();
-    return callback.is_none() || goes_on(callback(py::bytes(bytes.data(), bytes.size())));
-  };
-}
 
 at::Tensor to_tensor(const std::vector<float>& values) {
   at::Tensor tensor = at::empty({static_cast<std::int64_t>(values.size())}, at::kFloat);

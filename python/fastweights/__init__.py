@@ -6,6 +6,7 @@
 - `fastweights.load_model`, `fastweights.save_model`: model folders, the same in C++ and Python.
 - `fastweights.ExactStore`: an exact memory of a text, beside any model.
 - `fastweights.Session`: a running model that learns from what it reads and from what it writes.
+- `fastweights.SessionPool`: many of them on one model, called from any threads.
 """
 
 import torch
@@ -23,6 +24,7 @@ from .errors import Cancelled, Error, FileError, ShapeError, StateMismatch
 from .exact_store import ExactStore
 from .io import load_model, save_model
 from .session import Consolidation, ConsolidationTrial, Session
+from .session_pool import SessionPool
 
 __version__ = VERSION
 
@@ -34,6 +36,7 @@ __all__ = [
     "ExactStore",
     "FileError",
     "Session",
+    "SessionPool",
     "ShapeError",
     "StateMismatch",
     "errors",

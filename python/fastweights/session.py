@@ -165,26 +165,9 @@ class Session:
         Raises:
             Error: an option is out of range, or a stop string is empty.
         """
-        stops = [stop] if isinstance(stop, str | bytes | bytearray | memoryview) else stop
-        decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-
-        def on_bytes(token: bytes) -> bool | None:
-            text = decoder.decode(token)
-            return on_token(text) if text and on_token else None
-
-        written: bytes = self._session.write(
-            max_tokens,
-            temperature,
-            top_k,
-            top_p,
-            None if seed is None else _checked_seed(seed),
-            [_to_bytes(each) for each in stops],
-            on_bytes if on_token else None,
+        return _write(
+            self._session.write, max_tokens, temperature, top_k, top_p, seed, stop, on_token
         )
-        rest = decoder.decode(b"", final=True)
-        if rest and on_token:
-            on_token(rest)
-        return written.decode("utf-8", "surrogateescape")
 
     def mark(self) -> Mark:
         """Marks this place: a name for the present position, to come back to.
@@ -455,6 +438,39 @@ def _to_bytes(text: Text) -> bytes:
     if isinstance(text, str):
         return text.encode("utf-8", "surrogateescape")
     return text if isinstance(text, bytes) else bytes(memoryview(text))
+
+
+def _write(
+    native: Callable[..., bytes],
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int | None,
+    stop: Text | Sequence[Text],
+    on_token: Callable[[str], bool | None] | None,
+) -> str:
+    """What `Session.write` and `SessionPool.write` make of bytes that come one by one."""
+    stops = [stop] if isinstance(stop, str | bytes | bytearray | memoryview) else stop
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+
+    def on_bytes(token: bytes) -> bool | None:
+        text = decoder.decode(token)
+        return on_token(text) if text and on_token else None
+
+    written = native(
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        None if seed is None else _checked_seed(seed),
+        [_to_bytes(each) for each in stops],
+        on_bytes if on_token else None,
+    )
+    rest = decoder.decode(b"", final=True)
+    if rest and on_token:
+        on_token(rest)
+    return written.decode("utf-8", "surrogateescape")
 
 
 def _checked_seed(seed: int) -> int:
