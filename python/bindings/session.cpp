@@ -164,6 +164,11 @@ void revoke(GuardedSession& self, const Point& from, const Point& to, const py::
   });
 }
 
+void merge(GuardedSession& self, GuardedSession& other, const py::object& progress) {
+  const Session copy = other.use([](Session& session) { return session; });
+  self.use([&](Session& session) { session.merge(copy, progress_of(progress)); });
+}
+
 std::vector<std::uint64_t> marks(GuardedSession& self) {
   std::vector<std::uint64_t> numbers;
   for (const Mark& mark : self.use([](Session& session) { return session.marks(); })) {
@@ -287,6 +292,7 @@ void bind_session(py::module_& module) {
       .def("correct", &correct, py::arg("since"), py::arg("better"), py::arg("r"),
            py::arg("progress"))
       .def("revoke", &revoke, py::arg("start"), py::arg("end"), py::arg("progress"))
+      .def("merge", &merge, py::arg("other"), py::arg("progress"))
       .def("commit", [](GuardedSession& self) { self.use([](Session& s) { s.commit(); }); })
       .def("strengths", &strengths)
       .def("report", &report)

@@ -298,6 +298,17 @@ class Session:
         """
         self._session.revoke(_point(start), _point(end), progress)
 
+    def merge(self, other: "Session", progress: Progress | None = None) -> None:
+        """Goes on with what `other` read and wrote since the two were one.
+
+        Afterwards the session is one that did so itself, after all that it did. Marks are the
+        session's own.
+
+        Raises:
+            Error: the two run on different models, or one committed what the other did not.
+        """
+        self._session.merge(other._session, progress)
+
     def commit(self) -> None:
         """Makes what happened so far final.
 

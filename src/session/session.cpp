@@ -187,6 +187,12 @@ NamedTensors tensors_of(const Place& place) {
   return tensors;
 }
 
+bool same_tensors(const Place& a, const Place& b) {
+  return std::ranges::equal(tensors_of(a), tensors_of(b), [](const auto& x, const auto& y) {
+    return x.first == y.first && at::equal(x.second, y.second);
+  });
+}
+
 /// What the views of a file's tensors show.
 struct Kept {
   std::vector<at::Tensor> tensors;
@@ -461,6 +467,24 @@ void Session::revoke(TextPoint from, TextPoint to, const Progress& progress) {
   log.erase(begin, end);
   marks.erase(begin, end);
   edit(std::move(log), std::move(marks), begin, progress);
+}
+
+void Session::merge(const Session& other, const Progress& progress) {
+  const bool same_model = model_ == other.model_ || detail::model_fingerprint(*model_) ==
+                                                        detail::model_fingerprint(*other.model_);
+  if (!same_model) throw Error("session: only sessions on the same model can be merged");
+  const bool same_base =
+      log_.base() == other.log_.base() && (log_.start() == 0 || same_tensors(*base_, *other.base_));
+  if (!same_base) {
+    throw Error(
+        "session: only sessions that begin at the same place can be merged; one of them "
+        "has committed what the other has not");
+  }
+  SessionLog log = log_;
+  log.append(other.log_, log_.common_end(other.log_));
+  if (log.end() == log_.end()) return;
+  journal().add(position(), place_);
+  edit(std::move(log), marks_, position(), progress);
 }
 
 void Session::commit() {

@@ -783,3 +783,92 @@ TEST_CASE("a log makes its session anew", "[edits]") {
   CHECK(same_bits(Session::from_log(model, SessionLog(256)), Session(model)));
   CHECK_THROWS_WITH(Session::from_log(model, SessionLog(300)), ContainsSubstring("256 tokens"));
 }
+
+// ---- merging -----------------------------------------------------------------------------------
+
+TEST_CASE("merged, a session is one that went on with what the other did", "[edits]") {
+  const OneThread one_thread;
+  const auto store = GENERATE(false, true);
+  const Model model = model_of("fast_head");
+  const SessionOptions options = {.piece = kPiece,
+                                  .store = store ? std::optional(small_store()) : std::nullopt};
+  Session base(model, options);
+  base.read(noise(50, 1));
+  base.write({.max_tokens = 10, .seed = 3});
+  Session mine = base;
+  Session theirs = base;
+  mine.read(noise(37, 2));
+  const auto mark = mine.mark();
+  const std::string written = theirs.write({.max_tokens = 20, .seed = 9});
+  theirs.read(noise(40, 4));
+  theirs.feedback(65, 100, 0.5F);
+
+  Session expected = mine;
+  expected.write({.max_tokens = 0});
+  const auto begin = mine.position();
+  mine.merge(theirs);
+  CHECK(mine.position() == begin + 60);
+  CHECK(mine.position(mark) == begin);
+  const auto log = mine.log();
+  const auto tail = log.tokens(begin, begin + 20);
+  CHECK(std::string(tail.begin(), tail.end()) == written);
+  CHECK(log.strengths(begin + 5, begin + 40) == std::vector<float>(35, 0.5F));
+  CHECK(log.strengths(begin, begin + 5).empty());
+  CHECK(log.generator() == theirs.log().generator());
+  CHECK(same_bits(mine, Session::from_log(model, log, options)));
+  mine.rollback(mark);
+  CHECK(same_bits(mine, expected));
+
+  Session again = theirs;
+  again.merge(theirs);
+  CHECK((again.log() == theirs.log()));
+  CHECK(same_bits(again, theirs));
+  Session behind = base;
+  behind.merge(theirs);  // it had nothing of its own
+  CHECK((behind.log() == theirs.log()));
+  CHECK(same_bits(behind, theirs));
+}
+
+TEST_CASE("where two logs part", "[edits]") {
+  const Model model = model_of("gated_delta_rule");
+  Session a(model, {.piece = kPiece});
+  a.read("the same beginning");
+  Session b = a;
+  CHECK(a.log().common_end(b.log()) == 18);
+  b.read(" and more");
+  CHECK(a.log().common_end(b.log()) == 18);
+  a.read(" and less");
+  CHECK(a.log().common_end(b.log()) == 23);  // " and "
+  CHECK(b.log().common_end(a.log()) == 23);
+  a.feedback(4, 8, 0.5F);
+  CHECK(a.log().common_end(b.log()) == 4);
+  Session other_calls(model, {.piece = kPiece});
+  other_calls.read("the same");
+  other_calls.read(" beginning");
+  CHECK(other_calls.log().common_end(b.log()) == 8);
+}
+
+TEST_CASE("what does not begin alike cannot be merged", "[edits]") {
+  const OneThread one_thread;
+  const Model model = model_of("gated_delta_rule");
+  Session a(model, {.piece = kPiece});
+  a.read(noise(40, 1));
+  Session b = a;
+  a.commit();
+  CHECK_THROWS_WITH(a.merge(b), ContainsSubstring("committed"));
+  b.commit();
+  b.read(noise(10, 2));
+  a.merge(b);
+  CHECK(same_bits(a, b));
+  Session other(model, {.piece = kPiece});
+  other.read(noise(40, 5));
+  other.commit();
+  CHECK_THROWS_WITH(a.merge(other), ContainsSubstring("committed"));
+  Session elsewhere(model_of("delta_rule"), {.piece = kPiece});
+  CHECK_THROWS_WITH(a.merge(elsewhere), ContainsSubstring("the same model"));
+  Session stopped(model, {.piece = kPiece});
+  Session longer = stopped;
+  longer.read(noise(64, 1));
+  CHECK_THROWS_AS(stopped.merge(longer, [](auto, auto) { return false; }), Cancelled);
+  CHECK(stopped.position() == 0);
+}

@@ -185,6 +185,11 @@ class Session {
   /// Later positions and marks move along; marks among the tokens stand where they began.
   void revoke(TextPoint from, TextPoint to, const Progress& progress = {});
 
+  /// Goes on with what `other` read and wrote since the two were one: afterwards the session is one
+  /// that did so itself, after all that it did. Marks are the session's own. Throws Error if the
+  /// two run on different models, or if what one of them committed is not the beginning of both.
+  void merge(const Session& other, const Progress& progress = {});
+
   /// Makes what happened so far final: tensors, position and generator stay, the log before this
   /// place is gone, and no mark is valid any more.
   void commit();
