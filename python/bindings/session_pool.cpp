@@ -16,6 +16,7 @@
 #include "bindings.hpp"
 #include "fastweights/nn/language_model.hpp"
 #include "session_calls.hpp"
+#include "store_fields.hpp"
 
 namespace fastweights::python {
 namespace {
@@ -26,18 +27,22 @@ using Path = std::filesystem::path;
 
 std::unique_ptr<SessionPool> make(const Model& model, std::int64_t memory_bytes, const Path& folder,
                                   std::int64_t piece, std::uint64_t seed,
-                                  std::int64_t journal_bytes, std::int64_t most_per_batch) {
+                                  std::int64_t journal_bytes,
+                                  const std::optional<StoreFields>& store,
+                                  std::int64_t most_per_batch) {
   const auto poll = [] {
     const py::gil_scoped_acquire gil;
     check_signals();
   };
   return std::make_unique<SessionPool>(
-      model,
-      SessionPoolOptions{.memory_bytes = memory_bytes,
-                         .folder = folder,
-                         .session = {.piece = piece, .seed = seed, .journal_bytes = journal_bytes},
-                         .most_per_batch = most_per_batch,
-                         .poll = poll});
+      model, SessionPoolOptions{.memory_bytes = memory_bytes,
+                                .folder = folder,
+                                .session = {.piece = piece,
+                                            .seed = seed,
+                                            .journal_bytes = journal_bytes,
+                                            .store = to_store_options(store)},
+                                .most_per_batch = most_per_batch,
+                                .poll = poll});
 }
 
 void add(SessionPool& self, const std::string& id, GuardedSession& session) {
@@ -113,7 +118,8 @@ void bind_session_pool(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   py::class_<SessionPool>(module, "SessionPool")
       .def(py::init(&make), py::arg("model"), py::arg("memory_bytes"), py::arg("folder"),
-           py::arg("piece"), py::arg("seed"), py::arg("journal_bytes"), py::arg("most_per_batch"))
+           py::arg("piece"), py::arg("seed"), py::arg("journal_bytes"), py::arg("store"),
+           py::arg("most_per_batch"))
       .def("create", &SessionPool::create, py::arg("name"), py::arg("seed"), no_gil)
       .def("add", &add, py::arg("name"), py::arg("session"))
       .def("load", &SessionPool::load, py::arg("name"), py::arg("path"), no_gil)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from . import _C, nn
-from .session import Progress, Session, Text, _checked_seed, _native, _to_bytes, _write
+from .exact_store import ExactStoreOptions
+from .session import Progress, Session, Text, _checked_seed, _native, _store, _to_bytes, _write
 
 Result = TypeVar("Result")
 
@@ -55,6 +56,7 @@ class SessionPool:
         piece: int = 1024,
         seed: int = 0,
         journal_bytes: int = 64 << 20,
+        store: bool | ExactStoreOptions = False,
         most_per_batch: int = 64,
     ) -> None:
         """A pool without sessions.
@@ -68,6 +70,7 @@ class SessionPool:
             piece: of the sessions that `create` makes, see `Session`; so are the next two.
             seed: see `Session`.
             journal_bytes: see `Session`; counted in `memory_bytes` as far as it is used.
+            store: see `Session`; counted in `memory_bytes` too.
             most_per_batch: sessions whose next tokens are decoded together.
 
         Raises:
@@ -82,6 +85,7 @@ class SessionPool:
             piece,
             _checked_seed(seed),
             journal_bytes,
+            _store(store),
             most_per_batch,
         )
 

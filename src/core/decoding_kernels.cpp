@@ -310,6 +310,10 @@ class Decoder {
     for_each_session([&](std::int64_t i) { start(i); });
     for (std::size_t layer = 0; layer < model_.layers.size(); ++layer) run_layer(layer);
     norm_all(model_.norm);
+    for_each_session([&](std::int64_t i) {
+      if (token(i).hidden == nullptr) return;
+      std::copy_n(scratch(i).normed, sizes_.width, token(i).hidden);
+    });
     const auto vocabulary = model_.output.rows;
     const auto each = rows_of_task<T>(sizes_.width);
     team_.loop(divide_up(vocabulary, each), [&](std::int64_t task) {
@@ -406,14 +410,16 @@ class Decoder {
   /// What the head's products need: the key and the error of the write, and the key of the read.
   void prepare_head(std::int64_t session) {
     const auto width = sizes_.width;
-    const auto& [id, position, strength, states, head] = token(session);
+    const float strength = token(session).strength;
+    const DecodingHeadState& head = token(session).head;
     Scratch& s = scratch(session);
     const float eta = head_eta(strength);
     T* hidden = static_cast<T*>(head.hidden);
     for (std::int64_t i = 0; i < width; ++i) s.head_key[i] = to_float(hidden[i]);
     scale_row(s.head_key, eta * inverse_norm(s.head_key, width), width, s.head_key);
     if (eta != 0.0f) {
-      softmax_delta::prediction_error(head.logits, id, model_.output.rows, s.head_error);
+      softmax_delta::prediction_error(head.logits, token(session).token, model_.output.rows,
+                                      s.head_error);
     }
     // As the modules have it: the hidden state in the model's type.
     for (std::int64_t i = 0; i < width; ++i) {
@@ -777,8 +783,9 @@ void decode_tokens(const DecodingModel& model, std::span<const DecodingToken> to
 
 void decode_token(const DecodingModel& model, std::int64_t token, std::int64_t position,
                   float strength, const std::vector<DecodingState>& states, float* scratch,
-                  float* logits, const Executor& executor, const DecodingHeadState& head) {
-  const DecodingToken one{token, position, strength, states.data(), head};
+                  float* logits, const Executor& executor, const DecodingHeadState& head,
+                  float* hidden) {
+  const DecodingToken one{token, position, strength, states.data(), head, hidden};
   decode_tokens(model, {&one, 1}, scratch, logits, executor);
 }
 

@@ -292,8 +292,10 @@ void Decoder::step(const nn::LanguageModelImpl& model, std::span<const DecoderSt
   for (const DecoderStep& step : steps) {
     const cpu::DecodingState* first = states.data() + states.size();
     for (const auto& block : step.state->blocks) states.push_back(state_of(block));
-    tokens.push_back(
-        {step.token, position_of(step), step.strength, first, head_of(step.state->head)});
+    if (step.hidden != nullptr) *step.hidden = at::empty({plan.sizes.width}, at::kFloat);
+    tokens.push_back({step.token, position_of(step), step.strength, first,
+                      head_of(step.state->head),
+                      step.hidden != nullptr ? step.hidden->mutable_data_ptr<float>() : nullptr});
   }
   const auto count = std::ssize(steps);
   core::AlignedBuffer<float> scratch(static_cast<std::size_t>(cpu::decoding_scratch(plan, count)));

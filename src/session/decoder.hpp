@@ -20,6 +20,7 @@ struct DecoderStep {
   nn::LanguageModelState* state = nullptr;  ///< of a batch of one; moves on in place
   at::Tensor* logits = nullptr;             ///< gets those of the token after it, fp32 [vocabulary]
   float strength = 1.0F;                    ///< how strongly it is learned, in [0, 2]
+  at::Tensor* hidden = nullptr;             ///< null, or gets the final hidden state: fp32 [width]
 };
 
 /// Steps a model token by token on the fused kernels, without the dispatcher. It reads the model's

@@ -9,6 +9,7 @@
 #include "decoder.hpp"
 #include "fastweights/core/error.hpp"
 #include "fastweights/nn/language_model.hpp"
+#include "recollection.hpp"
 
 namespace fastweights::detail {
 namespace {
@@ -38,13 +39,19 @@ at::Tensor to_tensor(std::span<const std::int64_t> values) {
 
 at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const float> strengths) {
   const at::Device device = device_of(model_);
-  const nn::ForwardOptions options = options_for(strengths, device);
+  nn::ForwardOptions options = options_for(strengths, device);
+  at::Tensor hidden;
+  if (place_.recollection) options.hidden = &hidden;
   const at::Tensor input = to_tensor(tokens).unsqueeze(0).to(device);
   auto [logits, state] = model_.forward(input, place_.state, options);
   at::Tensor rows = logits.squeeze(0).to(at::kFloat);
   const std::int64_t limited =
       options.limited_writes.defined() ? options.limited_writes.item<std::int64_t>() : 0;
-  place_ = {std::move(state), rows[-1].clone(), place_.limited_writes + limited};
+  if (place_.recollection) {
+    rows = own(place_.recollection).read(tokens, hidden.squeeze(0), rows, strengths);
+  }
+  place_ = {std::move(state), rows[-1].clone(), place_.limited_writes + limited,
+            std::move(place_.recollection)};
   own_ = false;  // a branch that is switched off passes its tensors on
   return rows;
 }
@@ -55,18 +62,25 @@ void Replay::write(std::int64_t token) {
 }
 
 void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const WrittenToken> tokens) {
-  for (const WrittenToken& each : tokens) each.replay->own_state();
-  const auto decoder = Decoder::of(model);
-  if (!decoder) {
-    for (const WrittenToken& each : tokens) each.replay->write_by_modules(each.token);
-    return;
-  }
+  std::vector<at::Tensor> hidden(tokens.size());
   std::vector<DecoderStep> steps;
   steps.reserve(tokens.size());
   for (const auto& [replay, token] : tokens) {
-    steps.push_back({token, &replay->place_.state, &replay->place_.logits});
+    replay->own_state();
+    Place& place = replay->place_;
+    steps.push_back({.token = token,
+                     .state = &place.state,
+                     .logits = &place.logits,
+                     .hidden = place.recollection ? &hidden[steps.size()] : nullptr});
   }
-  decoder->step(model, steps);
+  if (const auto decoder = Decoder::of(model)) {
+    decoder->step(model, steps);
+  } else {
+    for (std::size_t i = 0; i < steps.size(); ++i) tokens[i].replay->step_by_modules(steps[i]);
+  }
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    tokens[i].replay->recollect(tokens[i].token, hidden[i]);
+  }
 }
 
 void Replay::own_state() {
@@ -74,11 +88,20 @@ void Replay::own_state() {
   own_ = true;
 }
 
-void Replay::write_by_modules(std::int64_t token) {
-  const at::Tensor input = to_tensor(std::span(&token, 1)).unsqueeze(0).to(device_of(model_));
-  auto [logits, state] = model_.forward(input, place_.state, {.in_place = true});
-  place_ = {std::move(state), logits.flatten().to(at::kFloat, false, /*copy=*/true),
-            place_.limited_writes};
+void Replay::step_by_modules(const DecoderStep& step) {
+  const at::Tensor input = to_tensor(std::span(&step.token, 1)).unsqueeze(0).to(device_of(model_));
+  auto [logits, state] =
+      model_.forward(input, *step.state, {.in_place = true, .hidden = step.hidden});
+  *step.state = std::move(state);
+  if (step.hidden != nullptr) *step.hidden = step.hidden->flatten();
+  *step.logits = logits.flatten().to(at::kFloat, false, /*copy=*/true);
+}
+
+/// Mixes the exact store, where there is one, into the model's logits after a token.
+void Replay::recollect(std::int64_t token, const at::Tensor& hidden) {
+  if (!place_.recollection) return;
+  place_.logits =
+      own(place_.recollection).write(token, hidden, place_.logits).to(place_.logits.device());
 }
 
 void Replay::run(const SessionLog& log, std::int64_t begin, std::int64_t piece, Journal& journal,

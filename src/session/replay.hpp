@@ -11,6 +11,7 @@
 
 namespace fastweights::detail {
 
+struct DecoderStep;
 class Replay;
 
 /// A token that a replay is to read.
@@ -50,7 +51,8 @@ class Replay {
 
  private:
   void own_state();
-  void write_by_modules(std::int64_t token);
+  void step_by_modules(const DecoderStep& step);
+  void recollect(std::int64_t token, const at::Tensor& hidden);
 
   const nn::LanguageModelImpl& model_;
   Place place_;

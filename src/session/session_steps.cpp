@@ -10,6 +10,7 @@
 #include "fastweights/core/error.hpp"
 #include "fastweights/io/tokenizer.hpp"
 #include "fastweights/nn/language_model.hpp"
+#include "recollection.hpp"
 
 namespace fastweights::detail {
 namespace {
@@ -27,7 +28,8 @@ const WriteOptions& checked(const WriteOptions& options) {
 }
 
 std::int64_t bytes_of(const Place& place) {
-  return place.state.bytes() + static_cast<std::int64_t>(place.logits.nbytes());
+  const std::int64_t store = place.recollection ? place.recollection->store().bytes() : 0;
+  return place.state.bytes() + static_cast<std::int64_t>(place.logits.nbytes()) + store;
 }
 
 }  // namespace

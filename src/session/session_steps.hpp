@@ -58,7 +58,7 @@ class Writing {
 struct SessionSteps {
   /// Reads the next piece of a call of `Session::read`; in inference mode.
   static void read_piece(Session& session, std::string_view piece, bool first);
-  /// Bytes of all tensors and of the log, those included that copies share.
+  /// Bytes of all tensors, of the exact store and of the log, those included that copies share.
   static std::int64_t bytes(const Session& session);
 };
 

@@ -129,7 +129,8 @@ std::vector<fs::path> files_in(const fs::path& folder) {
 TEST_CASE("a session in a pool is a lone one, whoever else is there", "[session_pool]") {
   constexpr std::uint32_t kSessions = 7;
   const auto run = [](const Model& model, SessionPoolOptions options) {
-    options.session = {.piece = 32, .journal_bytes = 1 << 20};
+    options.session.piece = 32;
+    options.session.journal_bytes = 1 << 20;
     SessionPool pool(model, options);
     std::vector<std::string> texts(kSessions);
     on_threads(kSessions, [&](std::uint32_t i) {
@@ -171,6 +172,17 @@ TEST_CASE("a session in a pool is a lone one, whoever else is there", "[session_
     auto config = small_config();
     config.fast_head = true;
     run(random_model(1, config), {});
+  }
+  SECTION("with an exact store") {
+    run(random_model(), {.session = {.store = fastweights::ExactStoreOptions{}}});
+  }
+  SECTION("with an exact store, on disk in between") {
+    const TemporaryFolder folder;
+    const auto report =
+        run(random_model(), {.memory_bytes = 1 << 19,
+                             .folder = folder / "idle",
+                             .session = {.store = fastweights::ExactStoreOptions{}}});
+    CHECK(report.loads > 0);
   }
   SECTION("on a model that has no fused kernels") {
     torch::manual_seed(1);

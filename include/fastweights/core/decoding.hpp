@@ -109,6 +109,8 @@ struct DecodingToken {
   float strength = 1.0F;
   const DecodingState* states = nullptr;  ///< one for each layer
   DecodingHeadState head = {};            ///< null where the model has none
+  /// Null, or gets the final hidden state, normed, that the logits are made of [width].
+  float* hidden = nullptr;
 };
 
 /// fp32 elements of scratch memory that so many tokens need.
@@ -127,6 +129,7 @@ void decode_tokens(const DecodingModel& model, std::span<const DecodingToken> to
 /// @param logits fp32 [vocabulary]
 void decode_token(const DecodingModel& model, std::int64_t token, std::int64_t position,
                   float strength, const std::vector<DecodingState>& states, float* scratch,
-                  float* logits, const Executor& executor, const DecodingHeadState& head = {});
+                  float* logits, const Executor& executor, const DecodingHeadState& head = {},
+                  float* hidden = nullptr);
 
 }  // namespace fastweights::cpu
