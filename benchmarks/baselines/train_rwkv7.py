@@ -1,13 +1,13 @@
 """Trains RWKV-7 on plays the way models/reader was trained, its state carried over segments.
 
-    python benchmarks/baselines/train_rwkv7.py --output build/train/rwkv7 --seconds 3000 --seed 1
+    python benchmarks/baselines/train_rwkv7.py --output build/train/rwkv7 --bytes 4e6 --seed 1
 
 Each row reads its own work from front to back; a work, drawn from a shuffled deck, starts with an
 empty state, and so does a row that is reset. Passages that a row has read come again at random
-(docs/training.md). The learning rate warms up, then follows a cosine, over the wall time. In the
-output folder: checkpoint.safetensors, from which `--resume` goes on, log.jsonl, and at the end
-rwkv7.safetensors (matrices in bf16); the log and the bits per byte of the whole held-out works go
-to `--report`.
+(docs/training.md). The learning rate warms up, then follows a cosine, over the bytes that are to be
+read. In the output folder: checkpoint.safetensors, from which `--resume` goes on, with another
+budget if need be, log.jsonl, and at the end rwkv7.safetensors (matrices in bf16); the log and the
+bits per byte of the whole held-out works go to `--report`.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One step; its loss in bits per byte."""
         segment = self.stream.next()
-        rate = learning_rate(self.arguments.learning_rate, self.seconds / self.arguments.seconds)
+        rate = learning_rate(self.arguments.learning_rate, self.bytes / self.arguments.bytes)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         state = self.state.detach().reset_rows(segment.fresh)
@@ -299,7 +299,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, arguments: argparse.Namespace) -> bool:
-    """Trains until the time is spent; False if a signal came before."""
+    """Trains until the bytes are read; False if a signal came before."""
     stopped = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.append(True))
@@ -313,17 +313,16 @@ def train(trainer: Trainer, arguments: argparse.Namespace) -> bool:
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**place, "seconds": trainer.seconds, **row}) + "\n")
 
-    with tqdm(total=arguments.seconds, unit="s", initial=round(trainer.seconds)) as progress:
-        while trainer.seconds < arguments.seconds and not stopped:
+    write("start", recipe=recipe(arguments))
+    with tqdm(total=int(arguments.bytes), unit="B", unit_scale=True, initial=trainer.bytes) as bar:
+        while trainer.bytes < arguments.bytes and not stopped:
             window.append(trainer.step())
             trainer.seconds = time.monotonic() - begin
-            progress.update(round(trainer.seconds) - progress.n)
+            bar.update(trainer.bytes - bar.n)
             if trainer.steps % arguments.log_every == 0:
                 mean = {name: sum(row[name] for row in window) / len(window) for name in window[0]}
                 write("train", **mean)
-                progress.set_postfix_str(
-                    f"{trainer.bytes / 1e6:.2f} MB, {mean['bits_per_byte']:.3f} bits per byte"
-                )
+                bar.set_postfix_str(f"{mean['bits_per_byte']:.3f} bits per byte")
                 window.clear()
             if trainer.steps % arguments.evaluate_every == 0:
                 bits = held_out_bits(trainer.model.eval(), trainer.held_out, FIRST_BYTES)
@@ -337,6 +336,11 @@ def train(trainer: Trainer, arguments: argparse.Namespace) -> bool:
     return not stopped
 
 
+def recipe(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that decide what is learned."""
+    return {n: value for n, value in vars(arguments).items() if not isinstance(value, Path)}
+
+
 def report(trainer: Trainer, arguments: argparse.Namespace) -> None:
     """Writes the weights; reads the held-out works whole with the weights as they are in the file.
 
@@ -346,13 +350,12 @@ def report(trainer: Trainer, arguments: argparse.Namespace) -> None:
     save_rwkv7(path, trainer.model, torch.bfloat16)
     model = load_rwkv7(path)
     bits = held_out_bits(model, trainer.held_out)
-    recipe = {n: value for n, value in vars(arguments).items() if not isinstance(value, Path)}
     summary = {
         "event": "summary",
         "parameters": model.parameter_count(),
         "config": asdict(model.config),
         "state_bytes": sum(x.nbytes for x in model.initial_state(1)),
-        "recipe": recipe,
+        "recipe": recipe(arguments),
         "steps": trainer.steps,
         "bytes_read": trainer.bytes,
         "training_works": len(trainer.works),
@@ -377,7 +380,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, default=ROOT / "data" / "plays")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "train" / "rwkv7")
     parser.add_argument("--report", type=Path, default=RESULT)
-    parser.add_argument("--seconds", type=float, default=3000.0, help="wall time of training")
+    parser.add_argument("--bytes", type=float, default=4e6, help="to read in all")
     parser.add_argument("--feed-forward-width", type=int, default=1504)
     parser.add_argument("--batch", type=int, default=4, help="rows, each reading its own work")
     parser.add_argument("--segment", type=int, default=512, help="bytes between truncations")
