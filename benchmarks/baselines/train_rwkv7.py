@@ -313,6 +313,12 @@ def train(trainer: Trainer, arguments: argparse.Namespace) -> bool:
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**place, "seconds": trainer.seconds, **row}) + "\n")
 
+    def evaluate() -> None:
+        bits = held_out_bits(trainer.model.eval(), trainer.held_out, FIRST_BYTES)
+        trainer.model.train()
+        mean = sum(bits.values()) / len(bits)
+        write("evaluation", held_out=bits, mean=mean, first_bytes=FIRST_BYTES)
+
     write("start", recipe=recipe(arguments))
     with tqdm(total=int(arguments.bytes), unit="B", unit_scale=True, initial=trainer.bytes) as bar:
         while trainer.bytes < arguments.bytes and not stopped:
@@ -325,14 +331,13 @@ def train(trainer: Trainer, arguments: argparse.Namespace) -> bool:
                 bar.set_postfix_str(f"{mean['bits_per_byte']:.3f} bits per byte")
                 window.clear()
             if trainer.steps % arguments.evaluate_every == 0:
-                bits = held_out_bits(trainer.model.eval(), trainer.held_out, FIRST_BYTES)
-                trainer.model.train()
-                mean_bits = sum(bits.values()) / len(bits)
-                write("evaluation", held_out=bits, mean=mean_bits, first_bytes=FIRST_BYTES)
+                evaluate()
             if time.monotonic() - saved > arguments.checkpoint_seconds:
                 trainer.save()
                 saved = time.monotonic()
     trainer.save()
+    if not stopped:
+        evaluate()
     return not stopped
 
 

@@ -27,7 +27,7 @@ def read(path: Path) -> list[Row]:
 
 def curve(rows: list[Row]) -> list[tuple[float, float]]:
     """Bytes read in training, and mean bits per byte of the held-out works' beginnings."""
-    bytes_at = {row["step"]: row["bytes"] for row in rows if row["event"] == "train"}
+    bytes_at = {row["step"]: row["bytes"] for row in rows if "bytes" in row}
     return [
         (bytes_at[row["step"]], row["mean"])
         for row in rows
