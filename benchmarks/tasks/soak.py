@@ -7,10 +7,12 @@ never reads, each on a fork: the start of a play and of a module. Then the sessi
 that was ended goes on from there. Run from the project's root:
 
     python benchmarks/tasks/soak.py                    # goes on where the last run ended
+    python benchmarks/tasks/soak.py --store            # with an exact store behind the memories
     python benchmarks/tasks/soak.py --bytes 200000 --block 50000 --folder build/soak-short \
         --output build/soak-short
 
-Leaves soak.json and soak.png in --output and the session in --folder.
+Leaves soak.json and soak.png, or with a store soak_store.json and soak_store.png, in --output and
+the session in --folder.
 """
 
 from __future__ import annotations
@@ -70,9 +72,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bytes", type=int, default=10_000_000, help="to read in all")
     parser.add_argument("--block", type=int, default=100_000, help="bytes between measurements")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "soak")
+    parser.add_argument("--store", action="store_true", help="give the session an exact store")
+    parser.add_argument("--folder", type=Path, help="default: build/soak, build/soak_store")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.folder is None:
+        arguments.folder = ROOT / "build" / name_of(arguments)
+    return arguments
+
+
+def name_of(arguments: argparse.Namespace) -> str:
+    """Of the run's results."""
+    return "soak_store" if arguments.store else "soak"
 
 
 def plays(folder: str) -> list[bytes]:
@@ -135,7 +146,9 @@ class Soak:
         model = fastweights.load_model(arguments.model).native()
         self._check_settings(arguments)
         state = self.folder / "soak.fwstate"
-        self.session = Session.load(state, model) if state.exists() else Session(model)
+        self.session = (
+            Session.load(state, model) if state.exists() else Session(model, store=arguments.store)
+        )
         # A row is written before the state: what lies behind the state is measured again.
         rows = [row for row in self._stored_rows() if row["position"] <= self.session.position]
         self.rows: list[Row] = rows
@@ -147,6 +160,7 @@ class Soak:
             "text": self.text.digest(),
             "block": arguments.block,
             "model": str(arguments.model.resolve()),
+            "store": arguments.store,
         }
         if path.exists() and json.loads(path.read_text()) != settings:
             sys.exit(f"soak: {path} is of another run; name another --folder, or remove it")
@@ -208,13 +222,14 @@ def draw(rows: list[Row], path: Path) -> None:
     """Memory, speed and bits per byte over the bytes read."""
     figure, axes = plt.subplots(4, 1, figsize=(8, 10), sharex=True, layout="constrained")
     at = [row["position"] / 1e6 for row in rows]
+    plays_end = max((row["position"] for row in rows if "plays" in row["bits"]), default=0) / 1e6
     for run in sorted({row["run"] for row in rows}):
         part = [row for row in rows if row["run"] == run]
         places = [row["position"] / 1e6 for row in part]
         axes[0].plot(places, [row["resident_bytes"] / 2**20 for row in part], ".-")
     axes[0].set_ylabel("memory of the process, MiB")
     axes[1].plot(at, [row["bytes_per_second"] for row in rows], ".-")
-    axes[1].set_ylabel("bytes read per second of processor time")
+    axes[1].set_ylabel("bytes read per CPU second")
     for name in KINDS:
         axes[2].plot(at, [row["bits"].get(name, np.nan) for row in rows], ".-", label=name)
         axes[3].plot(at, [row["probe_bits"][name] for row in rows], ".-", label=name)
@@ -226,6 +241,10 @@ def draw(rows: list[Row], path: Path) -> None:
         each.legend()
     for each in axes:
         each.grid(alpha=0.3)
+        if plays_end < at[-1]:
+            each.axvspan(plays_end, at[-1], color="0.93", zorder=0)
+    if plays_end < at[-1]:
+        axes[3].text(plays_end, axes[3].get_ylim()[1], " modules only", va="top", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -238,8 +257,8 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     try:
         for _ in soak.blocks():
-            save_record(arguments.output / "soak.json", record)
-            draw(soak.rows, arguments.output / "soak.png")
+            save_record(arguments.output / f"{name_of(arguments)}.json", record)
+            draw(soak.rows, arguments.output / f"{name_of(arguments)}.png")
     except KeyboardInterrupt:
         print("soak: stopped; run it again to go on", file=sys.stderr)
         return 130

@@ -5,7 +5,6 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <span>
@@ -14,10 +13,12 @@
 #include <vector>
 
 #include "../../src/ops/layer_op.hpp"
+#include "../../src/session/recollection.hpp"
 #include "bindings.hpp"
 #include "fastweights/core/error.hpp"
 #include "guarded.hpp"
 #include "named_tensors.hpp"
+#include "store_fields.hpp"
 
 namespace fastweights::python {
 namespace {
@@ -44,17 +45,9 @@ std::span<float> elements(at::Tensor& tensor) {
 }
 
 std::unique_ptr<GuardedStore> make(std::int64_t hidden_size, std::int64_t vocabulary_size,
-                                   std::int64_t text_bytes, std::int64_t neighbour_bytes,
-                                   std::int64_t shortest, std::int64_t longest,
-                                   std::int64_t candidates, std::int64_t neighbours,
-                                   double temperature, double rate, std::uint64_t seed) {
-  ExactStoreOptions options;
-  options.match = {shortest, longest, candidates, text_bytes};
-  options.neighbours = {neighbours, seed, neighbour_bytes};
-  options.temperature = temperature;
-  options.rate = rate;
-  return std::make_unique<GuardedStore>("exact_store",
-                                        ExactStore(hidden_size, vocabulary_size, options));
+                                   const StoreFields& options) {
+  return std::make_unique<GuardedStore>(
+      "exact_store", ExactStore(hidden_size, vocabulary_size, to_store_options(options)));
 }
 
 at::Tensor read(GuardedStore& self, const at::Tensor& tokens, const at::Tensor& hidden,
@@ -85,35 +78,17 @@ at::Tensor predict(GuardedStore& self, const at::Tensor& hidden, const at::Tenso
   });
 }
 
-at::ScalarType torch_type(io::ScalarType type) {
-  switch (type) {
-    case io::ScalarType::F64: return at::kDouble;
-    case io::ScalarType::F32: return at::kFloat;
-    case io::ScalarType::I64: return at::kLong;
-    case io::ScalarType::I8: return at::kChar;
-    default: return at::kByte;
-  }
-}
-
 std::optional<io::ScalarType> stored_type(at::ScalarType type) {
   for (const auto stored : {io::ScalarType::F64, io::ScalarType::F32, io::ScalarType::I64,
                             io::ScalarType::I8, io::ScalarType::U8}) {
-    if (torch_type(stored) == type) return stored;
+    if (detail::torch_type(stored) == type) return stored;
   }
   return std::nullopt;
 }
 
 py::dict tensors(GuardedStore& self) {
-  const auto stored = self.use([](ExactStore& store) { return store.tensors(); });
-  nn::NamedTensors named;
-  for (const StoredTensor& tensor : stored) {
-    at::Tensor copy = at::empty(tensor.shape, torch_type(tensor.type));
-    if (!tensor.bytes.empty()) {
-      std::memcpy(copy.mutable_data_ptr(), tensor.bytes.data(), tensor.bytes.size());
-    }
-    named.emplace_back(tensor.name, std::move(copy));
-  }
-  return to_dict(named);
+  return to_dict(
+      detail::to_named_tensors(self.use([](ExactStore& store) { return store.tensors(); })));
 }
 
 std::unique_ptr<GuardedStore> from_tensors(std::int64_t hidden_size, std::int64_t vocabulary_size,
@@ -145,10 +120,7 @@ void bind_exact_store(py::module_& module) {
   py::class_<Checkpoint>(module, "ExactStoreCheckpoint")
       .def_property_readonly("size", [](const Checkpoint& self) { return self.size; });
   py::class_<GuardedStore>(module, "ExactStore")
-      .def(py::init(&make), py::arg("hidden_size"), py::arg("vocabulary_size"),
-           py::arg("text_bytes"), py::arg("neighbour_bytes"), py::arg("shortest"),
-           py::arg("longest"), py::arg("candidates"), py::arg("neighbours"), py::arg("temperature"),
-           py::arg("rate"), py::arg("seed"))
+      .def(py::init(&make), py::arg("hidden_size"), py::arg("vocabulary_size"), py::arg("options"))
       .def("read", &read, py::arg("tokens"), py::arg("hidden"), py::arg("logits"),
            py::arg("strengths"))
       .def("predict", &predict, py::arg("hidden"), py::arg("logits"))

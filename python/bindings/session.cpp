@@ -24,6 +24,7 @@
 #include "fastweights/nn/language_model.hpp"
 #include "guarded.hpp"
 #include "named_tensors.hpp"
+#include "store_fields.hpp"
 
 namespace fastweights::python {
 namespace {
@@ -65,9 +66,13 @@ at::Tensor to_tensor(const std::vector<float>& values) {
 }
 
 std::unique_ptr<GuardedSession> make(const Model& model, std::int64_t piece, std::uint64_t seed,
-                                     std::int64_t journal_bytes) {
-  return std::make_unique<GuardedSession>(
-      "session", Session(model, {.piece = piece, .seed = seed, .journal_bytes = journal_bytes}));
+                                     std::int64_t journal_bytes,
+                                     const std::optional<StoreFields>& store) {
+  return std::make_unique<GuardedSession>("session",
+                                          Session(model, {.piece = piece,
+                                                          .seed = seed,
+                                                          .journal_bytes = journal_bytes,
+                                                          .store = to_store_options(store)}));
 }
 
 std::unique_ptr<GuardedSession> load(const Path& path, const Model& model) {
@@ -159,6 +164,11 @@ void revoke(GuardedSession& self, const Point& from, const Point& to, const py::
   });
 }
 
+void merge(GuardedSession& self, GuardedSession& other, const py::object& progress) {
+  const Session copy = other.use([](Session& session) { return session; });
+  self.use([&](Session& session) { session.merge(copy, progress_of(progress)); });
+}
+
 std::vector<std::uint64_t> marks(GuardedSession& self) {
   std::vector<std::uint64_t> numbers;
   for (const Mark& mark : self.use([](Session& session) { return session.marks(); })) {
@@ -188,18 +198,24 @@ py::dict report(GuardedSession& self) {
   out["log_bytes"] = report.log_bytes;
   out["marks"] = report.marks;
   out["limited_writes"] = report.limited_writes;
+  out["store_tokens"] = report.store_tokens;
+  out["store_bytes"] = report.store_bytes;
   return out;
 }
 
 /// The session of a log that is that of `self`, replayed from the start.
 std::unique_ptr<GuardedSession> replayed(GuardedSession& self, const Model& model,
                                          std::int64_t piece, std::int64_t journal_bytes,
+                                         const std::optional<StoreFields>& store,
                                          const py::object& progress) {
   const SessionLog log = self.use([](Session& session) { return session.log(); });
   const py::gil_scoped_release no_gil;
   return std::make_unique<GuardedSession>(
-      "session", Session::from_log(model, log, {.piece = piece, .journal_bytes = journal_bytes},
-                                   progress_of(progress)));
+      "session",
+      Session::from_log(
+          model, log,
+          {.piece = piece, .journal_bytes = journal_bytes, .store = to_store_options(store)},
+          progress_of(progress)));
 }
 
 std::unique_ptr<GuardedSession> rebase(GuardedSession& self, const Model& model,
@@ -237,7 +253,11 @@ std::unique_ptr<GuardedSession> copy(GuardedSession& self) {
 void bind_session(py::module_& module) {
   py::class_<GuardedSession>(module, "Session")
       .def(py::init(&make), py::arg("model"), py::arg("piece"), py::arg("seed"),
-           py::arg("journal_bytes"))
+           py::arg("journal_bytes"), py::arg("store"))
+      .def("store_options",
+           [](GuardedSession& self) {
+             return to_fields(self.use([](Session& s) { return s.options().store; }));
+           })
       .def_static("load", &load, py::arg("path"), py::arg("model"),
                   py::call_guard<py::gil_scoped_release>())
       .def("read", &read, py::arg("text"), py::arg("progress"))
@@ -272,11 +292,12 @@ void bind_session(py::module_& module) {
       .def("correct", &correct, py::arg("since"), py::arg("better"), py::arg("r"),
            py::arg("progress"))
       .def("revoke", &revoke, py::arg("start"), py::arg("end"), py::arg("progress"))
+      .def("merge", &merge, py::arg("other"), py::arg("progress"))
       .def("commit", [](GuardedSession& self) { self.use([](Session& s) { s.commit(); }); })
       .def("strengths", &strengths)
       .def("report", &report)
       .def("replayed", &replayed, py::arg("model"), py::arg("piece"), py::arg("journal_bytes"),
-           py::arg("progress"))
+           py::arg("store"), py::arg("progress"))
       .def(
           "save",
           [](GuardedSession& self, const Path& path) {

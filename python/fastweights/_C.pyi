@@ -45,6 +45,8 @@ class LanguageModel:
     def parameter_count(self) -> int: ...
     def state_bytes(self, batch: int = ...) -> int: ...
 
+_StoreFields = tuple[int, int, int, int, int, int, float, float, int]
+
 class ExactStoreCheckpoint:
     @property
     def size(self) -> int: ...
@@ -54,15 +56,7 @@ class ExactStore:
         self,
         hidden_size: int,
         vocabulary_size: int,
-        text_bytes: int,
-        neighbour_bytes: int,
-        shortest: int,
-        longest: int,
-        candidates: int,
-        neighbours: int,
-        temperature: float,
-        rate: float,
-        seed: int,
+        options: _StoreFields,
     ) -> None: ...
     def read(
         self, tokens: Tensor, hidden: Tensor, logits: Tensor, strengths: Tensor | None
@@ -82,7 +76,15 @@ class ExactStore:
 _Trial = tuple[float, float, float, float, float]
 
 class Session:
-    def __init__(self, model: LanguageModel, piece: int, seed: int, journal_bytes: int) -> None: ...
+    def __init__(
+        self,
+        model: LanguageModel,
+        piece: int,
+        seed: int,
+        journal_bytes: int,
+        store: _StoreFields | None,
+    ) -> None: ...
+    def store_options(self) -> _StoreFields | None: ...
     @staticmethod
     def load(path: str | os.PathLike[str], model: LanguageModel) -> Session: ...
     def read(self, text: bytes, progress: Callable[[int, int], bool | None] | None) -> None: ...
@@ -135,6 +137,7 @@ class Session:
         end: tuple[bool, int],
         progress: Callable[[int, int], bool | None] | None,
     ) -> None: ...
+    def merge(self, other: Session, progress: Callable[[int, int], bool | None] | None) -> None: ...
     def commit(self) -> None: ...
     def strengths(self) -> list[tuple[int, int, float]]: ...
     def report(self) -> dict[str, int]: ...
@@ -155,6 +158,7 @@ class Session:
         model: LanguageModel,
         piece: int,
         journal_bytes: int,
+        store: _StoreFields | None,
         progress: Callable[[int, int], bool | None] | None,
     ) -> Session: ...
     def copy(self) -> Session: ...

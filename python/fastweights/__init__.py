@@ -20,7 +20,7 @@ if torch.__version__.split(".")[:2] != TORCH_VERSION.split(".")[:2]:
 
 from . import errors, fla, io, nn, ops
 from .errors import Cancelled, Error, FileError, ShapeError, StateMismatch
-from .exact_store import ExactStore
+from .exact_store import ExactStore, ExactStoreOptions
 from .io import load_model, save_model
 from .session import Consolidation, ConsolidationTrial, Session
 
@@ -32,6 +32,7 @@ __all__ = [
     "ConsolidationTrial",
     "Error",
     "ExactStore",
+    "ExactStoreOptions",
     "FileError",
     "Session",
     "ShapeError",

@@ -1,10 +1,27 @@
 """An exact memory of a text: what the model read, found again by its words and by its thoughts."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
 from . import _C
+
+
+class ExactStoreOptions(NamedTuple):
+    """What an exact store keeps and how it speaks."""
+
+    text_bytes: int = 32 << 20  # most bytes of text and its index, some 8 per token; 0: no match
+    neighbour_bytes: int = (
+        4 << 20
+    )  # most bytes of keys, 65 per token of a small vocabulary; 0: none
+    shortest: int = 6  # tokens that must agree before a place counts as a match
+    longest: int = 64  # agreement is measured up to so many tokens
+    candidates: int = 16  # matches that vote, the most recent ones
+    neighbours: int = 128  # neighbours that vote
+    temperature: float = 0.033  # a neighbour counts exp(cosine / temperature)
+    rate: float = 0.02  # least step by which the weights of the mixture move
+    seed: int = 0  # of the random projection of hidden states to keys
 
 
 class ExactStore:
@@ -56,15 +73,17 @@ class ExactStore:
         self._store = _C.ExactStore(
             hidden_size,
             vocabulary_size,
-            text_bytes,
-            neighbour_bytes,
-            shortest,
-            longest,
-            candidates,
-            neighbours,
-            temperature,
-            rate,
-            seed,
+            ExactStoreOptions(
+                text_bytes,
+                neighbour_bytes,
+                shortest,
+                longest,
+                candidates,
+                neighbours,
+                temperature,
+                rate,
+                seed,
+            ),
         )
 
     def read(
@@ -151,4 +170,4 @@ class ExactStore:
         return store
 
 
-__all__ = ["ExactStore"]
+__all__ = ["ExactStore", "ExactStoreOptions"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _C, nn
 from .errors import Error
+from .exact_store import ExactStoreOptions
 
 Text = str | bytes | bytearray | memoryview
 Progress = Callable[[int, int], bool | None]
@@ -46,6 +47,8 @@ class SessionReport(NamedTuple):
     log_bytes: int  # of tokens, calls and strengths; copies share them too
     marks: int  # that are valid
     limited_writes: int  # β that feedback would have raised beyond 2, in the session's present text
+    store_tokens: int  # that the exact store was given; 0 without one
+    store_bytes: int  # of what it keeps, whether copies share it or not
 
 
 class ConsolidationTrial(NamedTuple):
@@ -79,7 +82,11 @@ class Session:
     the same bits on one machine, build and number of threads. `rollback`, `feedback` and `revoke`
     edit the log and replay it from the nearest checkpoint; afterwards the session is, bit for bit,
     one that was driven that way from the start. Memory is constant but for the log, one byte per
-    byte.
+    byte, and for the exact store.
+
+    With `store` an exact store stands behind attention window and fast weights: it recalls what was
+    read and written at any distance, its votes are mixed into every prediction, and it is part of
+    all edits, copies, scores and files (docs/exact_store.md).
 
     Texts are str (as UTF-8; surrogate escapes stand for single bytes) or bytes of any values. Long
     calls release the GIL. Where they take `progress`, it is called between pieces with the bytes
@@ -98,6 +105,7 @@ class Session:
         piece: int = 1024,
         seed: int = 0,
         journal_bytes: int = 64 << 20,
+        store: bool | ExactStoreOptions = False,
     ) -> None:
         """An empty session.
 
@@ -109,12 +117,15 @@ class Session:
             seed: of the generator that `write` draws from until it is given another one.
             journal_bytes: bytes of tensors that may be kept to make going back cheap; with 0 an
                 edit replays the whole log.
+            store: whether there is an exact store, or its options.
 
         Raises:
             Error: the model's vocabulary is not that of bytes, a module was replaced or has hooks,
                 or an option is out of range.
         """
-        self._session = _C.Session(_native(model), piece, _checked_seed(seed), journal_bytes)
+        self._session = _C.Session(
+            _native(model), piece, _checked_seed(seed), journal_bytes, _store(store)
+        )
 
     def read(self, text: Text, progress: Progress | None = None) -> None:
         """Reads a text of any length and learns from it."""
@@ -287,6 +298,17 @@ class Session:
         """
         self._session.revoke(_point(start), _point(end), progress)
 
+    def merge(self, other: "Session", progress: Progress | None = None) -> None:
+        """Goes on with what `other` read and wrote since the two were one.
+
+        Afterwards the session is one that did so itself, after all that it did. Marks are the
+        session's own.
+
+        Raises:
+            Error: the two run on different models, or one committed what the other did not.
+        """
+        self._session.merge(other._session, progress)
+
     def commit(self) -> None:
         """Makes what happened so far final.
 
@@ -365,6 +387,7 @@ class Session:
         *,
         piece: int = 1024,
         journal_bytes: int = 64 << 20,
+        store: bool | ExactStoreOptions = False,
         progress: Progress | None = None,
     ) -> "Session":
         """The session that has this one's log, on any model: all of it is replayed.
@@ -372,10 +395,15 @@ class Session:
         Raises:
             Error: the log's beginning was committed.
         """
-        return self._of(self._session.replayed(_native(model), piece, journal_bytes, progress))
+        return self._of(
+            self._session.replayed(_native(model), piece, journal_bytes, _store(store), progress)
+        )
 
     def logits(self) -> Tensor:
-        """Logits of the next token, fp32 [vocabulary] on the CPU; all 0 in a fresh session."""
+        """Logits of the next token, fp32 [vocabulary] on the CPU; all 0 in a fresh session.
+
+        With an exact store: log p by model and store.
+        """
         return self._session.logits()
 
     def state(self) -> dict[str, Tensor]:
@@ -383,7 +411,8 @@ class Session:
 
         They are `layers.N.memory.state`, `layers.N.memory.conv`, `layers.N.attention.key`,
         `layers.N.attention.value`, `position`, `logits`, and `generator` (the bits of its seed, and
-        its draws).
+        its draws); with an exact store its tensors, and `store.hidden` and `store.logits`, what the
+        model said at this place.
         """
         return self._session.state()
 
@@ -391,6 +420,12 @@ class Session:
     def position(self) -> int:
         """Bytes read and written so far, without those that were rolled back or revoked."""
         return self._session.position()
+
+    @property
+    def store(self) -> ExactStoreOptions | None:
+        """The options of the exact store; None where there is none."""
+        fields = self._session.store_options()
+        return None if fields is None else ExactStoreOptions(*fields)
 
     @property
     def fused(self) -> bool:
@@ -441,6 +476,12 @@ class Session:
 
 def _native(model: "nn.LanguageModel | _C.LanguageModel") -> _C.LanguageModel:
     return model.native() if isinstance(model, nn.LanguageModel) else model
+
+
+def _store(store: bool | ExactStoreOptions) -> ExactStoreOptions | None:
+    if isinstance(store, bool):
+        return ExactStoreOptions() if store else None
+    return store
 
 
 def _point(place: Mark | int) -> tuple[bool, int]:

@@ -226,7 +226,7 @@ class Decoder {
         team_(team) {}
 
   void run(std::int64_t token, const std::vector<DecodingState>& states,
-           const DecodingHeadState& head, float* logits) {
+           const DecodingHeadState& head, float* logits, float* hidden) {
     const T* row = static_cast<const T*>(model_.embedding.data) + token * sizes_.width;
     for (std::int64_t i = 0; i < sizes_.width; ++i) s_.x[i] = to_float(row[i]);
     fill_angles();
@@ -234,6 +234,7 @@ class Decoder {
       run_layer(model_.layers[layer], states[layer]);
     }
     norm(s_.x, model_.norm, sizes_.width, sizes_.norm_epsilon, s_.normed);
+    if (hidden != nullptr) std::copy_n(s_.normed, sizes_.width, hidden);
     const auto each = rows_of_task<T>(sizes_.width);
     team_.loop(divide_up(model_.output.rows, each), [&](std::int64_t task) {
       const auto first = task * each;
@@ -555,15 +556,16 @@ class Decoder {
 
 void decode(const DecodingModel& model, std::int64_t token, std::int64_t position, float strength,
             const std::vector<DecodingState>& states, float* memory, float* logits,
-            const Executor& executor, const DecodingHeadState& head) {
+            const Executor& executor, const DecodingHeadState& head, float* hidden) {
   Scratch scratch(model);
   scratch.start_at(memory);
   Team::run(executor, [&](Team& team) {
     if (model.dtype == DType::kBFloat16) {
       Decoder<hwy::bfloat16_t>(model, position, strength, scratch, team)
-          .run(token, states, head, logits);
+          .run(token, states, head, logits, hidden);
     } else {
-      Decoder<float>(model, position, strength, scratch, team).run(token, states, head, logits);
+      Decoder<float>(model, position, strength, scratch, team)
+          .run(token, states, head, logits, hidden);
     }
   });
 }
@@ -592,10 +594,11 @@ std::int64_t decoding_scratch(const DecodingModel& model) {
 
 void decode_token(const DecodingModel& model, std::int64_t token, std::int64_t position,
                   float strength, const std::vector<DecodingState>& states, float* scratch,
-                  float* logits, const Executor& executor, const DecodingHeadState& head) {
+                  float* logits, const Executor& executor, const DecodingHeadState& head,
+                  float* hidden) {
   using namespace core;
-  HWY_DYNAMIC_DISPATCH(decode)(model, token, position, strength, states, scratch, logits, executor,
-                               head);
+  HWY_DYNAMIC_DISPATCH(decode)
+  (model, token, position, strength, states, scratch, logits, executor, head, hidden);
 }
 
 }  // namespace fastweights::cpu

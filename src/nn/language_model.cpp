@@ -217,13 +217,15 @@ LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& tokens,
     const auto count = rows.size(1);
     return options.last_logits_only && count > 1 ? rows.narrow(1, count - 1, 1) : rows;
   };
+  if (config_.fast_head || options.hidden != nullptr) x = norm->forward(x);
+  if (options.hidden != nullptr) *options.hidden = x;
   if (config_.fast_head) {  // it learns from the logits of every token
-    const auto normed = norm->forward(x);
-    const auto logits = correct(normed, to_logits(normed), tokens, state.head, options, next.head);
+    const auto logits = correct(x, to_logits(x), tokens, state.head, options, next.head);
     return {options.logits ? last(logits) : at::Tensor(), std::move(next)};
   }
   if (!options.logits) return {{}, std::move(next)};
-  return {to_logits(norm->forward(last(x))), std::move(next)};
+  const auto rows = last(x);
+  return {to_logits(options.hidden != nullptr ? rows : norm->forward(rows)), std::move(next)};
 }
 
 void LanguageModelImpl::enable_attention(bool enabled) {

@@ -114,14 +114,12 @@ at::Tensor directions_of(const LanguageModelImpl& model, std::string_view text) 
   for (std::size_t done = 0; done < text.size(); done += kPiece) {
     const auto piece = io::ByteTokenizer().encode(text.substr(done, kPiece));
     const auto tokens = at::tensor(piece, at::kLong).unsqueeze(0);
-    auto x = model.embedding.ptr()->forward(tokens.to(model.norm->weight.device()));
-    for (std::size_t n = 0; n < model.blocks.size(); ++n) {
-      auto output = model.blocks[n]->forward(x, state.blocks[n], state.position, {});
-      x = std::move(output.x);
-      state.blocks[n] = std::move(output.state);
-    }
-    state.position = state.position + static_cast<std::int64_t>(piece.size());
-    const auto hidden = model.norm->forward(x).squeeze(0).to(at::kDouble).cpu();
+    at::Tensor normed;
+    state = model
+                .forward(tokens.to(model.norm->weight.device()), state,
+                         {.logits = false, .hidden = &normed})
+                .state;
+    const auto hidden = normed.squeeze(0).to(at::kDouble).cpu();
     const auto unit = hidden / hidden.norm(2, -1, true).clamp_min(1e-12);
     sum += at::matmul(unit.t(), unit);
   }

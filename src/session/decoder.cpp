@@ -278,7 +278,7 @@ std::unique_ptr<Decoder> Decoder::make(const nn::LanguageModelImpl& model) {
 }
 
 at::Tensor Decoder::step(const nn::LanguageModelImpl& model, std::int64_t token,
-                         nn::LanguageModelState& state, float strength) const {
+                         nn::LanguageModelState& state, float strength, at::Tensor* hidden) const {
   std::vector<cpu::DecodingState> states;
   states.reserve(state.blocks.size());
   for (const auto& block : state.blocks) states.push_back(state_of(block));
@@ -288,8 +288,10 @@ at::Tensor Decoder::step(const nn::LanguageModelImpl& model, std::int64_t token,
   core::AlignedBuffer<float> scratch(static_cast<std::size_t>(cpu::decoding_scratch(plan)));
   auto* position = state.position.mutable_data_ptr<std::int64_t>();
   at::Tensor logits = at::empty({plan.output.rows}, at::kFloat);
+  if (hidden != nullptr) *hidden = at::empty({plan.sizes.width}, at::kFloat);
   cpu::decode_token(plan, token, *position, strength, states, scratch.data(),
-                    logits.mutable_data_ptr<float>(), parallel_executor(), head_of(state.head));
+                    logits.mutable_data_ptr<float>(), parallel_executor(), head_of(state.head),
+                    hidden != nullptr ? hidden->mutable_data_ptr<float>() : nullptr);
   *position += 1;
   return logits;
 }

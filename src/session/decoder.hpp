@@ -28,8 +28,10 @@ class Decoder {
   /// one, fp32 [vocabulary].
   /// @param model    the decoder's, for its switches
   /// @param strength how strongly the token is learned, in [0, 2]
+  /// @param hidden   null, or gets the final hidden state, normed: fp32 [width]
   at::Tensor step(const nn::LanguageModelImpl& model, std::int64_t token,
-                  nn::LanguageModelState& state, float strength = 1.0F) const;
+                  nn::LanguageModelState& state, float strength = 1.0F,
+                  at::Tensor* hidden = nullptr) const;
 
  private:
   Decoder() = default;

@@ -128,6 +128,29 @@ StoredTensor stored(const char* name, io::ScalarType type, std::vector<std::int6
   return tensor;
 }
 
+/// The shape of so many numbers in rows of `columns`.
+std::vector<std::int64_t> rows(std::size_t size, std::int64_t columns) {
+  return {static_cast<std::int64_t>(size) / columns, columns};
+}
+
+StoredTensor stored_matches(std::span<const TextMatch> matches) {
+  std::vector<std::int64_t> numbers;
+  for (const TextMatch& match : matches) {
+    numbers.insert(numbers.end(), {match.position, match.length});
+  }
+  return stored<std::int64_t>("store.matches", io::ScalarType::I64, rows(numbers.size(), 2),
+                              numbers);
+}
+
+StoredTensor stored_mixture(const Mixture& mixture) {
+  std::vector<float> numbers;
+  for (const Mixture::Bucket& bucket : mixture.buckets()) {
+    numbers.insert(numbers.end(), bucket.weights.begin(), bucket.weights.end());
+    numbers.push_back(bucket.seen);
+  }
+  return stored<float>("store.mixture", io::ScalarType::F32, rows(numbers.size(), 4), numbers);
+}
+
 [[noreturn]] void refuse(const std::string& what) { throw FileError("exact store: " + what); }
 
 /// A tensor of that name, type and number of columns, as a list of its elements.
@@ -421,6 +444,14 @@ void ExactStore::rollback(const Checkpoint& checkpoint) {
   size_ = checkpoint.size;
 }
 
+bool ExactStore::extend_back(const ExactStore& earlier) {
+  ExactStore wider = *this;
+  if (!wider.match_.extend_back(earlier.match_)) return false;
+  if (!wider.neighbours_.extend_back(earlier.neighbours_)) return false;
+  *this = std::move(wider);
+  return true;
+}
+
 // ---- the stored form ---------------------------------------------------------------------------
 
 std::vector<StoredTensor> ExactStore::tensors() const {
@@ -438,10 +469,6 @@ std::vector<StoredTensor> ExactStore::tensors() const {
   for (std::int64_t t = match_.begin(); t < match_.size(); ++t) pack(match_.token(t), width, text);
   std::vector<std::int64_t> skipped;
   for (const auto& [begin, end] : match_.skipped()) skipped.insert(skipped.end(), {begin, end});
-  std::vector<std::int64_t> matches;
-  for (const TextMatch& match : match_.matches()) {
-    matches.insert(matches.end(), {match.position, match.length});
-  }
   std::vector<std::int8_t> keys;
   std::vector<std::uint8_t> values;
   for (std::int64_t entry = neighbours_.begin(); entry < neighbours_.size(); ++entry) {
@@ -449,14 +476,6 @@ std::vector<StoredTensor> ExactStore::tensors() const {
     keys.insert(keys.end(), key.begin(), key.end());
     pack(neighbours_.token(entry), width, values);
   }
-  std::vector<float> mixture;
-  for (const Mixture::Bucket& bucket : mixture_.buckets()) {
-    mixture.insert(mixture.end(), bucket.weights.begin(), bucket.weights.end());
-    mixture.push_back(bucket.seen);
-  }
-  const auto rows = [](std::size_t size, std::int64_t columns) {
-    return std::vector<std::int64_t>{static_cast<std::int64_t>(size) / columns, columns};
-  };
   using io::ScalarType;
   return {
       stored<std::int64_t>("store.options", ScalarType::I64, {1, kOptionFields}, options),
@@ -464,10 +483,10 @@ std::vector<StoredTensor> ExactStore::tensors() const {
       stored<std::int64_t>("store.sizes", ScalarType::I64, {1, 5}, sizes),
       stored<std::uint8_t>("store.text", ScalarType::U8, rows(text.size(), width), text),
       stored<std::int64_t>("store.skipped", ScalarType::I64, rows(skipped.size(), 2), skipped),
-      stored<std::int64_t>("store.matches", ScalarType::I64, rows(matches.size(), 2), matches),
+      stored_matches(match_.matches()),
       stored<std::int8_t>("store.keys", ScalarType::I8, rows(keys.size(), detail::kKeySize), keys),
       stored<std::uint8_t>("store.values", ScalarType::U8, rows(values.size(), width), values),
-      stored<float>("store.mixture", ScalarType::F32, rows(mixture.size(), 4), mixture),
+      stored_mixture(mixture_),
   };
 }
 
@@ -487,15 +506,19 @@ ExactStoreOptions taken_options(Tensors tensors) {
   return options;
 }
 
+std::vector<TextMatch> taken_matches(Tensors tensors) {
+  const auto places = taken<std::int64_t>(tensors, "store.matches", io::ScalarType::I64, 2);
+  std::vector<TextMatch> matches;
+  for (std::size_t i = 0; i < places.size(); i += 2) matches.push_back({places[i], places[i + 1]});
+  return matches;
+}
+
 void take_match(Tensors tensors, std::int64_t begin, std::int64_t width, LongestMatch& match) {
   const auto text = taken<std::uint8_t>(tensors, "store.text", io::ScalarType::U8, width);
   const auto spans = taken<std::int64_t>(tensors, "store.skipped", io::ScalarType::I64, 2);
-  const auto places = taken<std::int64_t>(tensors, "store.matches", io::ScalarType::I64, 2);
   std::vector<std::pair<std::int64_t, std::int64_t>> skipped;
   for (std::size_t i = 0; i < spans.size(); i += 2) skipped.emplace_back(spans[i], spans[i + 1]);
-  std::vector<TextMatch> matches;
-  for (std::size_t i = 0; i < places.size(); i += 2) matches.push_back({places[i], places[i + 1]});
-  match.restore(begin, unpacked(text, width), std::move(skipped), matches);
+  match.restore(begin, unpacked(text, width), std::move(skipped), taken_matches(tensors));
 }
 
 void take_neighbours(Tensors tensors, std::int64_t begin, std::int64_t width,
@@ -512,7 +535,6 @@ void take_neighbours(Tensors tensors, std::int64_t begin, std::int64_t width,
     if (values[i] >= vocabulary_size) refuse("a value is no token of the vocabulary");
     neighbours.append(std::span(keys).subspan(i * detail::kKeySize, detail::kKeySize), values[i]);
   }
-  neighbours.drop_old();
 }
 
 std::vector<Mixture::Bucket> taken_mixture(Tensors tensors) {
@@ -522,6 +544,18 @@ std::vector<Mixture::Bucket> taken_mixture(Tensors tensors) {
     buckets.push_back({{numbers[i], numbers[i + 1], numbers[i + 2]}, numbers[i + 3]});
   }
   return buckets;
+}
+
+/// Runs `work`; what it finds wrong is wrong with the tensors.
+template <class Work>
+auto or_refuse(Work work) {
+  try {
+    return work();
+  } catch (const FileError&) {
+    throw;
+  } catch (const Error& error) {
+    refuse(error.what());
+  }
 }
 
 }  // namespace
@@ -535,24 +569,43 @@ ExactStore ExactStore::from_tensors(std::int64_t hidden_size, std::int64_t vocab
                         ", the model's " + std::to_string(hidden_size) + " and " +
                         std::to_string(vocabulary_size));
   }
-  try {
+  return or_refuse([&] {
     ExactStore store(hidden_size, vocabulary_size, taken_options(tensors));
     const std::int64_t width = detail::token_bytes(vocabulary_size);
     take_match(tensors, sizes[3], width, store.match_);
     take_neighbours(tensors, sizes[4], width, vocabulary_size, store.neighbours_);
     store.mixture_.restore(taken_mixture(tensors));
-    const bool whole = store.options_.match.bytes == 0 ? store.match_.size() == 0
-                                                       : store.match_.size() == sizes[2];
-    if (!whole || sizes[2] < 0 || store.neighbours_.size() > sizes[2]) {
-      refuse("its parts do not belong to " + std::to_string(sizes[2]) + " tokens");
-    }
     store.size_ = sizes[2];
+    store.check_sizes(store.checkpoint());
     return store;
-  } catch (const FileError&) {
-    throw;
-  } catch (const Error& error) {
-    refuse(error.what());
+  });
+}
+
+void ExactStore::check_sizes(const Checkpoint& checkpoint) const {
+  const bool whole = checkpoint.text == (options_.match.bytes == 0 ? 0 : checkpoint.size);
+  if (!whole || checkpoint.size < 0 || checkpoint.entries > checkpoint.size) {
+    refuse("its parts do not belong to " + std::to_string(checkpoint.size) + " tokens");
   }
+}
+
+std::vector<StoredTensor> ExactStore::tensors(const Checkpoint& checkpoint) {
+  const std::array<std::int64_t, 4> place = {checkpoint.size, checkpoint.text,
+                                             checkpoint.text_begin, checkpoint.entries};
+  return {stored<std::int64_t>("store.place", io::ScalarType::I64, {1, 4}, place),
+          stored_matches(checkpoint.matches), stored_mixture(checkpoint.mixture)};
+}
+
+ExactStore::Checkpoint ExactStore::checkpoint_from_tensors(
+    std::span<const io::TensorData> tensors) const {
+  return or_refuse([&] {
+    const auto place = taken_rows<std::int64_t>(tensors, "store.place", io::ScalarType::I64, 1, 4);
+    Checkpoint checkpoint{place[0], place[1], place[2], taken_matches(tensors), place[3], mixture_};
+    checkpoint.mixture.restore(taken_mixture(tensors));
+    check_sizes(checkpoint);
+    ExactStore then = *this;
+    then.rollback(checkpoint);
+    return checkpoint;
+  });
 }
 
 }  // namespace fastweights

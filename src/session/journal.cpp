@@ -5,6 +5,8 @@
 
 #include <utility>
 
+#include "recollection.hpp"
+
 namespace fastweights::detail {
 namespace {
 
@@ -32,7 +34,7 @@ Place in_own_pages(const Place& place) {
   nn::NamedTensors tensors = place.state.tensors();
   for (auto& [name, tensor] : tensors) tensor = in_own_pages(tensor);
   return {nn::LanguageModelState::from_tensors(tensors), in_own_pages(place.logits),
-          place.limited_writes};
+          place.limited_writes, place.recollection};
 }
 
 }  // namespace
@@ -43,12 +45,33 @@ void Journal::add(std::int64_t position, const Place& place) {
   if (bytes > budget_) return;
   checkpoints_.push_back(
       std::make_shared<const Checkpoint>(Checkpoint{position, in_own_pages(place), bytes}));
-  bytes_ += bytes;
+  each_bytes_.push_back(0);
+  weigh(checkpoints_.size() - 1);
+  if (checkpoints_.size() > 1) weigh(checkpoints_.size() - 2);
   while (bytes_ > budget_) {
-    const auto gone = checkpoints_.begin() + static_cast<std::ptrdiff_t>(least_needed());
-    bytes_ -= (*gone)->bytes;
-    checkpoints_.erase(gone);
+    const std::size_t gone = least_needed();
+    bytes_ -= each_bytes_[gone];
+    checkpoints_.erase(checkpoints_.begin() + static_cast<std::ptrdiff_t>(gone));
+    each_bytes_.erase(each_bytes_.begin() + static_cast<std::ptrdiff_t>(gone));
+    if (gone > 0) weigh(gone - 1);
   }
+}
+
+void Journal::weigh_all() {
+  bytes_ = 0;
+  each_bytes_.assign(checkpoints_.size(), 0);
+  for (std::size_t i = 0; i < checkpoints_.size(); ++i) weigh(i);
+}
+
+void Journal::weigh(std::size_t i) {
+  const Checkpoint& each = *checkpoints_[i];
+  std::int64_t bytes = each.tensor_bytes;
+  if (each.place.recollection && i + 1 < checkpoints_.size()) {
+    const ExactStore& next = checkpoints_[i + 1]->place.recollection->store();
+    bytes += each.place.recollection->store().bytes_apart(next);
+  }
+  bytes_ += bytes - each_bytes_[i];
+  each_bytes_[i] = bytes;
 }
 
 std::size_t Journal::least_needed() const {

@@ -13,14 +13,15 @@ namespace fastweights::detail {
 struct Checkpoint {
   std::int64_t position = 0;
   Place place;
-  std::int64_t bytes = 0;
+  std::int64_t tensor_bytes = 0;
 };
 
 /// Checkpoints within a budget of bytes, in order of their positions. Copies share them.
 ///
 /// When they exceed the budget, one goes: that whose absence leaves the smallest gap, measured
 /// against how far back the gap begins. So spacing grows in proportion to the distance from the
-/// present.
+/// present. Of an exact store each checkpoint counts what the next one does not share: what it
+/// keeps from being dropped.
 class Journal {
  public:
   explicit Journal(std::int64_t budget) : budget_(budget) {}
@@ -31,11 +32,8 @@ class Journal {
   /// Drops those at which `keep(position)` is false.
   template <class Keep>
   void keep_if(Keep keep) {
-    std::erase_if(checkpoints_, [&](const auto& each) {
-      const bool gone = !keep(each->position);
-      bytes_ -= gone ? each->bytes : 0;
-      return gone;
-    });
+    std::erase_if(checkpoints_, [&](const auto& each) { return !keep(each->position); });
+    weigh_all();
   }
   /// The last one; null if there is none.
   const Checkpoint* last() const {
@@ -43,15 +41,18 @@ class Journal {
   }
 
   std::int64_t budget() const { return budget_; }
-  /// Bytes of the tensors of all checkpoints, each counted where it stands.
+  /// Bytes of all checkpoints; what copies of a session share is counted in each.
   std::int64_t bytes() const { return bytes_; }
   const std::vector<std::shared_ptr<const Checkpoint>>& checkpoints() const { return checkpoints_; }
 
  private:
   std::size_t least_needed() const;
+  void weigh_all();
+  void weigh(std::size_t i);
 
   std::int64_t budget_;
   std::int64_t bytes_ = 0;
+  std::vector<std::int64_t> each_bytes_;
   std::vector<std::shared_ptr<const Checkpoint>> checkpoints_;
 };
 

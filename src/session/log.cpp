@@ -188,6 +188,49 @@ void SessionLog::truncate(std::int64_t end) {
   put_strengths(std::move(spans));
 }
 
+std::int64_t SessionLog::common_end(const SessionLog& other) const {
+  if (vocabulary_size_ != other.vocabulary_size_ || base_ != other.base_) {
+    throw Error("session_log: two logs that do not begin at the same place have nothing in common");
+  }
+  std::int64_t end = start();
+  bool same = true;
+  for (std::size_t i = 0; same && i < std::min(calls_.size(), other.calls_.size()); ++i) {
+    const LogCall& mine = calls_[i].call;
+    const LogCall& theirs = other.calls_[i].call;
+    if (mine.kind != theirs.kind || mine.seed != theirs.seed) break;
+    const std::int64_t shorter = std::min(mine.tokens, theirs.tokens);
+    const auto left = tokens(end, end + shorter);
+    const auto right = other.tokens(end, end + shorter);
+    end += std::ranges::mismatch(left, right).in1 - left.begin();
+    same = mine.tokens == theirs.tokens && left == right;
+  }
+  const auto each = [](const SessionLog& log, std::int64_t begin, std::int64_t end) {
+    auto strengths = log.strengths(begin, end);
+    if (strengths.empty()) strengths.assign(static_cast<std::size_t>(end - begin), 1.0F);
+    return strengths;
+  };
+  const auto left = each(*this, start(), end);
+  return start() + (std::ranges::mismatch(left, each(other, start(), end)).in1 - left.begin());
+}
+
+void SessionLog::append(const SessionLog& other, std::int64_t begin) {
+  other.check_span(begin, other.end());
+  for (std::size_t i = 0; i < other.calls_.size(); ++i) {
+    const Call& call = other.calls_[i];
+    const std::int64_t from = std::max(begin, call.begin);
+    if (from >= call.end()) continue;
+    const auto seed = from == call.begin ? call.call.seed : std::nullopt;
+    start_call(call.call.kind, other.tokens(from, call.end()), seed);
+    for (const StrengthSpan& span : other.strengths()) {
+      const auto first = std::max(from, span.begin);
+      const auto last = std::min(call.end(), span.end);
+      if (first >= last) continue;
+      const std::int64_t shift = end() - call.end();
+      set_strength(first + shift, last + shift, span.strength);
+    }
+  }
+}
+
 void SessionLog::erase(std::int64_t begin, std::int64_t end) {
   check_span(begin, end);
   if (begin == end) return;

@@ -66,6 +66,14 @@ std::int64_t LongestMatch::bytes() const {
   return bytes + static_cast<std::int64_t>(skipped_->size() * sizeof(skipped_->front()));
 }
 
+std::int64_t LongestMatch::bytes_apart(const LongestMatch& other) const {
+  std::int64_t bytes = text_.bytes_apart(other.text_) + tail_.bytes_apart(other.tail_);
+  for (const auto& run : *runs_) {
+    if (std::ranges::find(*other.runs_, run) == other.runs_->end()) bytes += run->bytes();
+  }
+  return bytes;
+}
+
 // ---- finding -----------------------------------------------------------------------------------
 
 /// Of the `shortest` tokens before a position; kNoHash where they are not all there.
@@ -130,6 +138,7 @@ void LongestMatch::find() {
 }
 
 void LongestMatch::append(std::int64_t token, bool kept) {
+  ensure_index();
   const std::uint32_t hash = hash_at(size());  // the token is found by what stands before it
   push_token(token, kept);
   tail_.push_back(hash);
@@ -189,20 +198,29 @@ void LongestMatch::drop_old_text() {
   const std::int64_t pages = std::max<std::int64_t>(1, options_.bytes / page_bytes);
   const std::int64_t first = text_.end_page() - pages;
   if (first * kPage <= begin()) return;
-  text_.drop_before(first);
+  drop_text_before(first);
   auto& runs = runs_.edit();
   std::erase_if(runs, [&](const auto& run) { return run->end <= begin(); });
   if (4 * (begin() - runs.front()->begin) > runs.front()->end - runs.front()->begin) {
     runs.front() = make_run(begin(), runs.front()->end);
   }
+}
+
+void LongestMatch::drop_text_before(std::int64_t page) {
+  text_.drop_before(page);
   auto& spans = skipped_.edit();
   std::erase_if(spans, [&](const auto& span) { return span.second <= begin(); });
 }
 
-/// Makes the index one of [begin(), size()), of which the first `indexed` are in runs.
-void LongestMatch::rebuild_index(std::int64_t indexed) {
+/// Makes the index that of the text, if it is not: only what goes on needs one, and not every state
+/// of a text that is gone back to goes on.
+void LongestMatch::ensure_index() {
+  if (index_fits_) return;
+  const std::int64_t indexed = size() / kPage * kPage;
   auto& runs = runs_.edit();
   while (!runs.empty() && runs.back()->end > indexed) runs.pop_back();
+  std::erase_if(runs, [&](const auto& run) { return run->end <= begin(); });
+  if (!runs.empty() && runs.front()->begin > begin()) runs.clear();
   std::int64_t at = runs.empty() ? begin() : runs.back()->end;
   while (at < indexed) {
     const auto pages = static_cast<std::uint64_t>((indexed - at) / kPage);
@@ -215,11 +233,19 @@ void LongestMatch::rebuild_index(std::int64_t indexed) {
   for (std::int64_t position = indexed; position < size(); ++position) {
     tail_.push_back(hash_at(position));
   }
+  index_fits_ = true;
 }
 
 // ---- going back --------------------------------------------------------------------------------
 
 void LongestMatch::set_matches(std::span<const TextMatch> matches) {
+  if (std::ssize(matches) > options_.candidates + 1) refuse("there are too many matches");
+  for (const TextMatch& match : matches) {
+    const bool possible = match.position >= begin() && match.position < size() &&
+                          kept(match.position) && match.length >= options_.shortest &&
+                          agreement(match.position) == match.length;
+    if (!possible) refuse("a match is none of this text");
+  }
   match_count_ = std::ssize(matches);
   std::copy(matches.begin(), matches.end(), matches_.begin());
 }
@@ -230,16 +256,32 @@ void LongestMatch::truncate(std::int64_t size, std::int64_t begin,
     refuse("can go back to [0, " + std::to_string(this->size()) + "] tokens, not to " +
            std::to_string(size));
   }
-  if (begin != this->begin()) {
+  if (begin < this->begin() || begin > size || begin % kPage != 0) {
     refuse("the text from " + std::to_string(begin) + " to " + std::to_string(this->begin()) +
            ", which there was at " + std::to_string(size) + ", has been dropped since");
   }
-  text_.resize(size);
-  auto& spans = skipped_.edit();
+  LongestMatch then = *this;
+  then.text_.resize(size);
+  auto& spans = then.skipped_.edit();
   while (!spans.empty() && spans.back().first >= size) spans.pop_back();
   if (!spans.empty()) spans.back().second = std::min(spans.back().second, size);
-  rebuild_index(size / kPage * kPage);
-  set_matches(matches);
+  then.drop_text_before(begin / kPage);
+  then.index_fits_ = false;
+  then.set_matches(matches);
+  *this = std::move(then);
+}
+
+bool LongestMatch::extend_back(const LongestMatch& earlier) {
+  const std::int64_t begin = this->begin();
+  if (!text_.extend_back(earlier.text_)) return false;
+  auto& spans = skipped_.edit();
+  const auto& older = *earlier.skipped_;
+  const auto end =
+      std::ranges::find_if(older, [&](const auto& span) { return span.second > begin; });
+  spans.insert(spans.begin(), older.begin(), end);
+  match_count_ = 0;
+  index_fits_ = false;
+  return true;
 }
 
 void LongestMatch::restore(std::int64_t begin, std::span<const std::int64_t> tokens,
@@ -260,14 +302,7 @@ void LongestMatch::restore(std::int64_t begin, std::span<const std::int64_t> tok
     last = to;
   }
   skipped_.edit() = std::move(skipped);
-  rebuild_index(size() / kPage * kPage);
-  if (std::ssize(matches) > options_.candidates + 1) refuse("there are too many matches");
-  for (const TextMatch& match : matches) {
-    const bool possible = match.position >= begin && match.position < size() &&
-                          kept(match.position) && match.length >= options_.shortest &&
-                          agreement(match.position) == match.length;
-    if (!possible) refuse("a match is none of this text");
-  }
+  index_fits_ = false;
   set_matches(matches);
 }
 

@@ -263,6 +263,12 @@ void NearestNeighbours::truncate(std::int64_t size) {
   }
   tokens_.resize(size);
   keys_.resize(divide_up(size, kPage) * kPage * kKeySize);
+  drop_old();
+}
+
+bool NearestNeighbours::extend_back(const NearestNeighbours& earlier) {
+  // Keys fill their last page, so that its tokens tell whether it is whole.
+  return tokens_.extend_back(earlier.tokens_) && keys_.extend_back(earlier.keys_);
 }
 
 void NearestNeighbours::start_at(std::int64_t begin) {

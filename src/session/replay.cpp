@@ -8,6 +8,7 @@
 #include "decoder.hpp"
 #include "fastweights/core/error.hpp"
 #include "fastweights/nn/language_model.hpp"
+#include "recollection.hpp"
 
 namespace fastweights::detail {
 namespace {
@@ -37,13 +38,19 @@ at::Tensor to_tensor(std::span<const std::int64_t> values) {
 
 at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const float> strengths) {
   const at::Device device = device_of(model_);
-  const nn::ForwardOptions options = options_for(strengths, device);
+  nn::ForwardOptions options = options_for(strengths, device);
+  at::Tensor hidden;
+  if (place_.recollection) options.hidden = &hidden;
   const at::Tensor input = to_tensor(tokens).unsqueeze(0).to(device);
   auto [logits, state] = model_.forward(input, place_.state, options);
   at::Tensor rows = logits.squeeze(0).to(at::kFloat);
   const std::int64_t limited =
       options.limited_writes.defined() ? options.limited_writes.item<std::int64_t>() : 0;
-  place_ = {std::move(state), rows[-1].clone(), place_.limited_writes + limited};
+  if (place_.recollection) {
+    rows = own(place_.recollection).read(tokens, hidden.squeeze(0), rows, strengths);
+  }
+  place_ = {std::move(state), rows[-1].clone(), place_.limited_writes + limited,
+            std::move(place_.recollection)};
   own_ = false;  // a branch that is switched off passes its tensors on
   return rows;
 }
@@ -51,14 +58,23 @@ at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const fl
 void Replay::write(std::int64_t token) {
   if (!own_) place_.state = place_.state.clone();
   own_ = true;
+  at::Tensor hidden;
+  place_.logits = step(token, place_.recollection ? &hidden : nullptr);
+  if (!place_.recollection) return;
+  place_.logits =
+      own(place_.recollection).write(token, hidden, place_.logits).to(place_.logits.device());
+}
+
+/// Moves the state on by a token; returns the model's logits.
+at::Tensor Replay::step(std::int64_t token, at::Tensor* hidden) {
   if (const auto decoder = Decoder::of(model_)) {
-    place_.logits = decoder->step(model_, token, place_.state);
-    return;
+    return decoder->step(model_, token, place_.state, 1.0F, hidden);
   }
   const at::Tensor input = to_tensor(std::span(&token, 1)).unsqueeze(0).to(device_of(model_));
-  auto [logits, state] = model_.forward(input, place_.state, {.in_place = true});
-  place_ = {std::move(state), logits.flatten().to(at::kFloat, false, /*copy=*/true),
-            place_.limited_writes};
+  auto [logits, state] = model_.forward(input, place_.state, {.in_place = true, .hidden = hidden});
+  place_.state = std::move(state);
+  if (hidden != nullptr) *hidden = hidden->flatten();
+  return logits.flatten().to(at::kFloat, false, /*copy=*/true);
 }
 
 void Replay::run(const SessionLog& log, std::int64_t begin, std::int64_t piece, Journal& journal,

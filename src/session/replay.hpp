@@ -37,6 +37,8 @@ class Replay {
   void checkpoint_written(std::int64_t position, Journal& journal) const;
 
  private:
+  at::Tensor step(std::int64_t token, at::Tensor* hidden);
+
   const nn::LanguageModelImpl& model_;
   Place place_;
   bool own_ = false;  // nobody else has the tensors of `place_`

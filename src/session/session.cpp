@@ -22,6 +22,7 @@
 #include "fastweights/session/state_file.hpp"
 #include "fingerprint.hpp"
 #include "journal.hpp"
+#include "recollection.hpp"
 #include "replay.hpp"
 
 namespace fastweights {
@@ -30,6 +31,7 @@ namespace {
 using Model = std::shared_ptr<const nn::LanguageModelImpl>;
 using detail::Checkpoint;
 using detail::Place;
+using detail::Recollection;
 using detail::Replay;
 using detail::to_tensor;
 using nn::NamedTensors;
@@ -52,9 +54,12 @@ Model checked(Model model) {
   return model;
 }
 
-Place fresh_place(const nn::LanguageModelImpl& model) {
+Place fresh_place(const nn::LanguageModelImpl& model,
+                  const std::optional<ExactStoreOptions>& store) {
   const auto options = at::TensorOptions(at::kFloat).device(device_of(model));
-  return {model.initial_state(1), at::zeros({model.config().vocabulary_size}, options)};
+  Place place{model.initial_state(1), at::zeros({model.config().vocabulary_size}, options)};
+  if (store) place.recollection = std::make_shared<Recollection>(*store, model);
+  return place;
 }
 
 /// −log2 p of each token: the first under the logits `before` it, the others under `rows`, which
@@ -172,6 +177,7 @@ at::Tensor restored(const std::string& name, const at::Tensor& like,
 }
 
 constexpr const char* kBasePrefix = "base.";
+constexpr const char* kContentPrefix = "content.";
 
 std::string checkpoint_prefix(std::size_t i) { return "checkpoints." + std::to_string(i) + "."; }
 
@@ -181,13 +187,60 @@ NamedTensors tensors_of(const Place& place) {
   return tensors;
 }
 
-/// Adds views of a place's tensors to `out`; `kept` keeps what they show.
-void store_place(const Place& place, const std::string& prefix, std::vector<io::TensorData>& out,
-                 std::vector<at::Tensor>& kept) {
-  for (const auto& [name, tensor] : tensors_of(place)) {
-    kept.push_back(tensor.cpu().contiguous());
-    out.push_back(stored(prefix + name, kept.back()));
+bool same_tensors(const Place& a, const Place& b) {
+  return std::ranges::equal(tensors_of(a), tensors_of(b), [](const auto& x, const auto& y) {
+    return x.first == y.first && at::equal(x.second, y.second);
+  });
+}
+
+/// What the views of a file's tensors show.
+struct Kept {
+  std::vector<at::Tensor> tensors;
+  std::vector<StoredTensor> stored;
+};
+
+void store(std::vector<StoredTensor> tensors, const std::string& prefix,
+           std::vector<io::TensorData>& out, Kept& kept) {
+  for (StoredTensor& tensor : tensors) {
+    kept.stored.push_back(std::move(tensor));
+    out.push_back(kept.stored.back().view());
+    out.back().name = prefix + out.back().name;
   }
+}
+
+/// Adds views of a place's tensors to `out`; of an exact store what is the place's own.
+void store_place(const Place& place, const std::string& prefix, std::vector<io::TensorData>& out,
+                 Kept& kept) {
+  for (const auto& [name, tensor] : tensors_of(place)) {
+    kept.tensors.push_back(tensor.cpu().contiguous());
+    out.push_back(stored(prefix + name, kept.tensors.back()));
+  }
+  if (place.recollection) store(place.recollection->place_tensors(), prefix, out, kept);
+}
+
+/// Adds what the exact store of a place holds, and what it has dropped since the checkpoints of the
+/// same text. Returns the checkpoints whose stores are wholly in it: all, but where a budget is
+/// smaller than what was read between two of them.
+std::span<const std::shared_ptr<const Checkpoint>> store_content(
+    const Place& place, std::span<const std::shared_ptr<const Checkpoint>> checkpoints,
+    const std::string& prefix, std::vector<io::TensorData>& out, Kept& kept) {
+  if (!place.recollection) return checkpoints;
+  ExactStore content = place.recollection->store();
+  std::size_t first = checkpoints.size();
+  while (first > 0 && content.extend_back(checkpoints[first - 1]->place.recollection->store())) {
+    --first;
+  }
+  store(content.tensors(), prefix + kContentPrefix, out, kept);
+  return checkpoints.subspan(first);
+}
+
+/// The exact store with the content that is stored with that prefix; none if there is none.
+std::optional<ExactStore> restored_content(const nn::LanguageModelConfig& config,
+                                           const std::string& prefix,
+                                           std::span<const io::TensorData> tensors) {
+  const auto own = detail::with_prefix(prefix + kContentPrefix, tensors);
+  if (own.empty()) return std::nullopt;
+  return ExactStore::from_tensors(config.width, config.vocabulary_size, own);
 }
 
 /// The place with that prefix, all of whose tensors are like those of `like`.
@@ -214,7 +267,7 @@ Place restored_place(const Place& like, const std::string& prefix,
 Session::Session(Model model, const SessionOptions& options)
     : model_(checked(std::move(model))),
       options_(options),
-      place_(fresh_place(*model_)),
+      place_(fresh_place(*model_, options.store)),
       journal_(std::make_shared<detail::Journal>(options.journal_bytes)),
       generator_{.seed = options.seed},
       log_(model_->config().vocabulary_size, {.generator = {.seed = options.seed}}) {
@@ -231,7 +284,7 @@ bool Session::fused() const { return detail::Decoder::of(*model_) != nullptr; }
 
 detail::Journal& Session::journal() { return detail::own(journal_); }
 
-Place Session::base_place() const { return base_ ? *base_ : fresh_place(*model_); }
+Place Session::base_place() const { return base_ ? *base_ : fresh_place(*model_, options_.store); }
 
 // ---- reading and writing -----------------------------------------------------------------------
 
@@ -416,6 +469,24 @@ void Session::revoke(TextPoint from, TextPoint to, const Progress& progress) {
   edit(std::move(log), std::move(marks), begin, progress);
 }
 
+void Session::merge(const Session& other, const Progress& progress) {
+  const bool same_model = model_ == other.model_ || detail::model_fingerprint(*model_) ==
+                                                        detail::model_fingerprint(*other.model_);
+  if (!same_model) throw Error("session: only sessions on the same model can be merged");
+  const bool same_base =
+      log_.base() == other.log_.base() && (log_.start() == 0 || same_tensors(*base_, *other.base_));
+  if (!same_base) {
+    throw Error(
+        "session: only sessions that begin at the same place can be merged; one of them "
+        "has committed what the other has not");
+  }
+  SessionLog log = log_;
+  log.append(other.log_, log_.common_end(other.log_));
+  if (log.end() == log_.end()) return;
+  journal().add(position(), place_);
+  edit(std::move(log), marks_, position(), progress);
+}
+
 void Session::commit() {
   auto base = std::make_shared<const Place>(place_);
   auto journal = std::make_shared<detail::Journal>(options_.journal_bytes);
@@ -433,7 +504,9 @@ SessionReport Session::report() const {
           .checkpoint_bytes = journal_->bytes(),
           .log_bytes = static_cast<std::int64_t>(log_.bytes()),
           .marks = std::ssize(marks()),
-          .limited_writes = place_.limited_writes};
+          .limited_writes = place_.limited_writes,
+          .store_tokens = place_.recollection ? place_.recollection->store().size() : 0,
+          .store_bytes = place_.recollection ? place_.recollection->store().bytes() : 0};
 }
 
 Session Session::from_log(Model model, const SessionLog& log, const SessionOptions& options,
@@ -462,6 +535,10 @@ NamedTensors Session::state() const {
   NamedTensors tensors = tensors_of(place_);
   for (auto& [name, tensor] : tensors) tensor = tensor.clone();
   tensors.emplace_back("generator", to_tensor(generator_));
+  if (!place_.recollection) return tensors;
+  for (auto& each : detail::to_named_tensors(place_.recollection->tensors())) {
+    tensors.push_back(std::move(each));
+  }
   return tensors;
 }
 
@@ -477,10 +554,15 @@ void Session::save(const std::filesystem::path& path) const {
                  .marks = {marks_.entries().begin(), marks_.entries().end()},
                  .checkpoints = {},
                  .tensors = {}};
-  std::vector<at::Tensor> kept;
+  Kept kept;
   store_place(place_, "", file.tensors, kept);
-  if (base_) store_place(*base_, kBasePrefix, file.tensors, kept);
-  for (const auto& checkpoint : journal_->checkpoints()) {
+  if (base_) {
+    store_place(*base_, kBasePrefix, file.tensors, kept);
+    store_content(*base_, {}, kBasePrefix, file.tensors, kept);
+  }
+  std::span<const std::shared_ptr<const Checkpoint>> checkpoints = journal_->checkpoints();
+  checkpoints = store_content(place_, checkpoints, "", file.tensors, kept);
+  for (const auto& checkpoint : checkpoints) {
     const std::string prefix = checkpoint_prefix(file.checkpoints.size());
     file.checkpoints.push_back({checkpoint->position, checkpoint->place.limited_writes});
     if (checkpoint->position == position()) continue;  // its tensors are the session's own
@@ -494,29 +576,47 @@ void Session::restore(const StateFile& file) {
   const auto is_present = [&](const StoredCheckpoint& each) {
     return each.position == file.log.end();
   };
-  const std::size_t places = 1 + (file.log.start() > 0 ? 1 : 0) + file.checkpoints.size() -
+  const bool base = file.log.start() > 0;
+  const std::size_t places = 1 + (base ? 1 : 0) + file.checkpoints.size() -
                              std::ranges::count_if(file.checkpoints, is_present);
-  const std::size_t expected = places * tensors_of(place_).size();
+  const auto content = restored_content(model_->config(), "", file.tensors);
+  std::size_t each = tensors_of(place_).size();
+  std::size_t expected = 0;
+  if (content) {
+    options_.store = content->options();
+    place_ = fresh_place(*model_, options_.store);
+    each += place_.recollection->place_tensors().size();
+    expected = (base ? 2 : 1) * content->tensors().size();
+  }
+  expected += places * each;
   if (file.tensors.size() != expected) {
     throw StateMismatch("the state file has " + std::to_string(file.tensors.size()) + " tensors, " +
                         std::to_string(places) + " states of the model " +
                         std::to_string(expected));
   }
   const auto restored = [&](const std::string& prefix, std::int64_t position,
-                            std::int64_t limited_writes) {
-    return restored_place(place_, prefix, file.tensors, position, limited_writes);
+                            std::int64_t limited_writes, const std::optional<ExactStore>& stored) {
+    Place place = restored_place(place_, prefix, file.tensors, position, limited_writes);
+    if (!stored) return place;
+    place.recollection = std::make_shared<Recollection>(
+        Recollection::from_tensors(*stored, *model_, detail::with_prefix(prefix, file.tensors)));
+    if (place.recollection->store().size() != position) {
+      throw FileError("state file: malformed: its exact store does not belong to its log");
+    }
+    return place;
   };
-  Place place = restored("", file.log.end(), file.limited_writes);
-  if (file.log.start() > 0) {
+  Place place = restored("", file.log.end(), file.limited_writes, content);
+  if (base) {
     base_ = std::make_shared<const Place>(
-        restored(kBasePrefix, file.log.start(), file.base_limited_writes));
+        restored(kBasePrefix, file.log.start(), file.base_limited_writes,
+                 restored_content(model_->config(), kBasePrefix, file.tensors)));
   }
   for (std::size_t i = 0; i < file.checkpoints.size(); ++i) {
     const auto& [position, limited_writes] = file.checkpoints[i];
     const std::string prefix = checkpoint_prefix(i);
     journal().add(position, is_present(file.checkpoints[i])
                                 ? place
-                                : restored(prefix, position, limited_writes));
+                                : restored(prefix, position, limited_writes, content));
   }
   place_ = std::move(place);
   log_ = file.log;

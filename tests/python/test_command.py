@@ -153,6 +153,28 @@ def test_chat_reads_lines_and_answers(place: Place, monkeypatch: pytest.MonkeyPa
 # ---- what states hold ---------------------------------------------------------------------------
 
 
+def test_a_new_session_gets_a_store_if_asked(place: Place) -> None:
+    assert place.call("read", "book.txt", "--state", "a.fwstate", "--store").code == 0
+    assert place.load("a.fwstate").report().store_tokens == len(BOOK)
+    assert place.call("read", "book.txt", "--state", "a.fwstate").code == 0
+    assert place.load("a.fwstate").report().store_tokens == 2 * len(BOOK)
+    place.state("plain.fwstate")
+    result = place.call("read", "book.txt", "--state", "plain.fwstate", "--store")
+    assert result.code == 2
+    assert "without an exact store" in result.err
+
+
+def test_merge_lets_one_state_go_on_with_the_other(place: Place) -> None:
+    place.state("a.fwstate")
+    other = place.load("a.fwstate")
+    other.read(b"The king lives.")
+    other.save(place.folder / "b.fwstate")
+    result = place.call("merge", "a.fwstate", "b.fwstate", "c.fwstate")
+    assert (result.code, result.err) == (0, "")
+    assert f"{len(BOOK)} bytes and 15 of the second" in result.out
+    assert same_bits(place.load("c.fwstate"), other)
+
+
 def test_inspect_tells_position_calls_sizes_and_matrices(place: Place) -> None:
     session = place.state("a.fwstate")
     session.write(max_tokens=5)

@@ -229,3 +229,21 @@ def test_marks_survive_in_files_and_other_processes(model: LanguageModel, tmp_pa
     session.rollback(mark)
     logits = session.logits().numpy().tobytes().hex()
     assert answer.stdout.split() == [str(mark.id), "100", logits]
+
+
+def test_a_merged_session_went_on_with_what_the_other_did() -> None:
+    model = small_model(vocabulary_size=256).native()
+    session = Session(model)
+    session.read(NOISE[:100])
+    other = session.fork()
+    session.read(b"one end")
+    other.read(b"the other")
+    session.merge(other)
+    expected = Session(model)
+    for text in (NOISE[:100], b"one end", b"the other"):
+        expected.read(text)
+    assert same_bits(session, expected)
+    session.merge(session)
+    assert same_bits(session, expected)
+    with pytest.raises(Error, match="the same model"):
+        session.merge(Session(small_model(vocabulary_size=256, layers=1)))

@@ -8,10 +8,12 @@
 #include <catch2/matchers/catch_matchers.hpp>
 #include <catch2/matchers/catch_matchers_string.hpp>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <optional>
 #include <random>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
@@ -58,6 +60,15 @@ Model model_of(const std::string& rule, double beta_max = 1.5) {
   return random_model(1, config);
 }
 
+/// A store that soon drops what it has: keys of the last 256 to 512 tokens.
+fastweights::ExactStoreOptions small_store() {
+  fastweights::ExactStoreOptions options;
+  options.match.shortest = 2;
+  options.neighbours.count = 8;
+  options.neighbours.bytes = 2 * 256 * 65;
+  return options;
+}
+
 /// The same in fp64, which sessions run by its modules.
 Model wide(const Model& model) {
   auto copy = std::static_pointer_cast<fastweights::nn::LanguageModelImpl>(model->clone());
@@ -92,12 +103,53 @@ void add(Text& text, std::string_view bytes, int call, bool written) {
   }
 }
 
+/// A store driven by hand: it sees each token with what the model said before it.
+class StoreByHand {
+ public:
+  StoreByHand(const Model& model, const fastweights::ExactStoreOptions& options)
+      : store_(model->config().width, 256, options),
+        hidden_(at::zeros({1, model->config().width})),
+        logits_(at::zeros({1, 256})) {}
+
+  void read(const at::Tensor& ids, const at::Tensor& strength, const at::Tensor& hidden,
+            const at::Tensor& logits) {
+    const at::Tensor all_hidden = at::cat({hidden_, hidden.to(at::kFloat)});
+    const at::Tensor all_logits = at::cat({logits_, logits.to(at::kFloat)});
+    const auto count = ids.numel();
+    const auto span = [](const at::Tensor& tensor) {
+      return std::span(tensor.const_data_ptr<float>(), static_cast<std::size_t>(tensor.numel()));
+    };
+    const at::Tensor before = all_hidden.slice(0, 0, count);
+    const at::Tensor said = all_logits.slice(0, 0, count);
+    store_.read({{ids.const_data_ptr<std::int64_t>(), static_cast<std::size_t>(count)},
+                 span(before),
+                 span(said),
+                 span(strength)},
+                {}, fastweights::core::serial_executor());
+    hidden_ = all_hidden.slice(0, count).clone();
+    logits_ = all_logits.slice(0, count).clone();
+    mixed_ = at::empty({256});
+    const auto recall = store_.recall(span(hidden_), fastweights::core::serial_executor());
+    store_.mix(recall, span(logits_), {mixed_.mutable_data_ptr<float>(), 256});
+  }
+
+  const at::Tensor& log_p() const { return mixed_; }
+  const fastweights::ExactStore& store() const { return store_; }
+
+ private:
+  fastweights::ExactStore store_;
+  at::Tensor hidden_, logits_, mixed_;
+};
+
 /// A plain loop over model.forward, which knows nothing of sessions: what the state must be after a
 /// text of which written tokens are processed one by one while their strength is 1, and everything
 /// else in pieces that are counted from where a call, or a run of other strengths in a written
 /// call, begins.
-Named play(const Model& model, const Text& text) {
+Named play(const Model& model, const Text& text,
+           const std::optional<fastweights::ExactStoreOptions>& options = {}) {
   const c10::InferenceMode guard;
+  std::optional<StoreByHand> store;
+  if (options) store.emplace(model, *options);
   auto state = model->initial_state(1);
   at::Tensor logits = at::zeros({256});
   for (std::size_t begin = 0; begin < text.size();) {
@@ -116,17 +168,36 @@ Named play(const Model& model, const Text& text) {
         ids[0][static_cast<std::int64_t>(i)] = text[at + i].id;
         strength[0][static_cast<std::int64_t>(i)] = text[at + i].strength;
       }
-      auto output = stepwise(begin) ? model->forward(ids, state.clone(), {.in_place = true})
-                                    : model->forward(ids, state, {.write_strength = strength});
+      at::Tensor hidden;
+      auto output =
+          stepwise(begin)
+              ? model->forward(ids, state.clone(), {.in_place = true, .hidden = &hidden})
+              : model->forward(ids, state, {.write_strength = strength, .hidden = &hidden});
       state = std::move(output.state);
       logits = output.logits[0][-1].to(at::kFloat).clone();
+      if (store) {
+        store->read(ids, strength, hidden[0], output.logits[0]);
+        logits = store->log_p();
+      }
     }
     begin = end;
   }
   Named out;
   for (const auto& [name, tensor] : state.tensors()) out[name] = tensor;
   out["logits"] = logits;
+  if (!store) return out;
+  for (const auto& stored : store->store().tensors()) {
+    at::Tensor bytes = at::empty({static_cast<std::int64_t>(stored.bytes.size())}, at::kByte);
+    std::memcpy(bytes.data_ptr(), stored.bytes.data(), stored.bytes.size());
+    out[stored.name] = bytes;
+  }
   return out;
+}
+
+/// Of a store's tensors the bytes count.
+bool same(const std::string& name, const at::Tensor& mine, const at::Tensor& expected) {
+  if (!name.starts_with("store.")) return at::equal(mine, expected);
+  return at::equal(mine.contiguous().view({-1}).view(at::kByte), expected);
 }
 
 void check_state(const Session& session, const Named& expected) {
@@ -414,10 +485,12 @@ namespace {
 /// A session and what it must be, driven by random calls.
 class Driver {
  public:
-  Driver(Model model, std::uint64_t seed, std::int64_t journal_bytes)
+  Driver(Model model, std::uint64_t seed, std::int64_t journal_bytes,
+         const std::optional<fastweights::ExactStoreOptions>& store = {})
       : model_(std::move(model)),
         random_(seed),
-        session_(model_, {.piece = kPiece, .seed = seed, .journal_bytes = journal_bytes}) {}
+        session_(model_,
+                 {.piece = kPiece, .seed = seed, .journal_bytes = journal_bytes, .store = store}) {}
 
   Session& session() { return session_; }
   const Text& text() const { return text_; }
@@ -503,31 +576,37 @@ class Driver {
 
 TEST_CASE("a session is what a plain loop over the model gives, whatever was called", "[edits]") {
   const OneThread one_thread;
-  const auto rule = GENERATE(as<std::string>(), "gated_delta_rule", "delta_rule", "fast_head");
+  const auto rule =
+      GENERATE(as<std::string>(), "gated_delta_rule", "delta_rule", "fast_head", "exact_store");
   const std::uint64_t seed = GENERATE(range(1, 4));
   const std::int64_t journal_bytes = seed == 1 ? 0 : seed == 2 ? 500000 : 64 << 20;
   CAPTURE(rule, seed);
-  const Model model = wide(model_of(rule));
-  Driver driver(model, seed, journal_bytes);
+  const bool with_store = rule == "exact_store";
+  const auto store = with_store ? std::optional(small_store()) : std::nullopt;
+  const Model model = wide(model_of(with_store ? "fast_head" : rule));
+  Driver driver(model, seed, journal_bytes, store);
   for (int step = 0; step < 30; ++step) {
     INFO("step " << step);
     driver.step();
-    const Named expected = play(model, driver.text());
+    const Named expected = play(model, driver.text(), store);
     for (const auto& [name, tensor] : expected) {
       INFO(name);
-      REQUIRE(at::equal(named(driver.session()).at(name), tensor));
+      REQUIRE(same(name, named(driver.session()).at(name), tensor));
     }
   }
 }
 
 TEST_CASE("equal logs are equal sessions, on the fused kernels too", "[edits]") {
   const OneThread one_thread;
-  const auto rule = GENERATE(as<std::string>(), "gated_delta_rule", "delta_rule", "fast_head");
+  const auto rule =
+      GENERATE(as<std::string>(), "gated_delta_rule", "delta_rule", "fast_head", "exact_store");
   const std::uint64_t seed = GENERATE(range(11, 14));
   const std::int64_t journal_bytes = seed == 11 ? 0 : seed == 12 ? 100000 : 64 << 20;
   CAPTURE(rule, seed);
-  const Model model = model_of(rule);
-  Driver driver(model, seed, journal_bytes);
+  const bool with_store = rule == "exact_store";
+  const auto store = with_store ? std::optional(small_store()) : std::nullopt;
+  const Model model = model_of(with_store ? "gated_delta_rule" : rule);
+  Driver driver(model, seed, journal_bytes, store);
   REQUIRE(driver.session().fused());
   for (int step = 0; step < 60; ++step) {
     INFO("step " << step);
@@ -535,7 +614,8 @@ TEST_CASE("equal logs are equal sessions, on the fused kernels too", "[edits]") 
     const Session& session = driver.session();
     CHECK(session.position() == std::ssize(driver.text()));
     CHECK(session.report().checkpoint_bytes <= journal_bytes);
-    const Session again = Session::from_log(model, session.log(), {.piece = kPiece});
+    const Session again =
+        Session::from_log(model, session.log(), {.piece = kPiece, .store = store});
     REQUIRE(same_bits(session, again));
     REQUIRE(session.report().limited_writes == again.report().limited_writes);
   }
@@ -702,4 +782,93 @@ TEST_CASE("a log makes its session anew", "[edits]") {
   CHECK((again.log() == session.log()));
   CHECK(same_bits(Session::from_log(model, SessionLog(256)), Session(model)));
   CHECK_THROWS_WITH(Session::from_log(model, SessionLog(300)), ContainsSubstring("256 tokens"));
+}
+
+// ---- merging -----------------------------------------------------------------------------------
+
+TEST_CASE("merged, a session is one that went on with what the other did", "[edits]") {
+  const OneThread one_thread;
+  const auto store = GENERATE(false, true);
+  const Model model = model_of("fast_head");
+  const SessionOptions options = {.piece = kPiece,
+                                  .store = store ? std::optional(small_store()) : std::nullopt};
+  Session base(model, options);
+  base.read(noise(50, 1));
+  base.write({.max_tokens = 10, .seed = 3});
+  Session mine = base;
+  Session theirs = base;
+  mine.read(noise(37, 2));
+  const auto mark = mine.mark();
+  const std::string written = theirs.write({.max_tokens = 20, .seed = 9});
+  theirs.read(noise(40, 4));
+  theirs.feedback(65, 100, 0.5F);
+
+  Session expected = mine;
+  expected.write({.max_tokens = 0});
+  const auto begin = mine.position();
+  mine.merge(theirs);
+  CHECK(mine.position() == begin + 60);
+  CHECK(mine.position(mark) == begin);
+  const auto log = mine.log();
+  const auto tail = log.tokens(begin, begin + 20);
+  CHECK(std::string(tail.begin(), tail.end()) == written);
+  CHECK(log.strengths(begin + 5, begin + 40) == std::vector<float>(35, 0.5F));
+  CHECK(log.strengths(begin, begin + 5).empty());
+  CHECK(log.generator() == theirs.log().generator());
+  CHECK(same_bits(mine, Session::from_log(model, log, options)));
+  mine.rollback(mark);
+  CHECK(same_bits(mine, expected));
+
+  Session again = theirs;
+  again.merge(theirs);
+  CHECK((again.log() == theirs.log()));
+  CHECK(same_bits(again, theirs));
+  Session behind = base;
+  behind.merge(theirs);  // it had nothing of its own
+  CHECK((behind.log() == theirs.log()));
+  CHECK(same_bits(behind, theirs));
+}
+
+TEST_CASE("where two logs part", "[edits]") {
+  const Model model = model_of("gated_delta_rule");
+  Session a(model, {.piece = kPiece});
+  a.read("the same beginning");
+  Session b = a;
+  CHECK(a.log().common_end(b.log()) == 18);
+  b.read(" and more");
+  CHECK(a.log().common_end(b.log()) == 18);
+  a.read(" and less");
+  CHECK(a.log().common_end(b.log()) == 23);  // " and "
+  CHECK(b.log().common_end(a.log()) == 23);
+  a.feedback(4, 8, 0.5F);
+  CHECK(a.log().common_end(b.log()) == 4);
+  Session other_calls(model, {.piece = kPiece});
+  other_calls.read("the same");
+  other_calls.read(" beginning");
+  CHECK(other_calls.log().common_end(b.log()) == 8);
+}
+
+TEST_CASE("what does not begin alike cannot be merged", "[edits]") {
+  const OneThread one_thread;
+  const Model model = model_of("gated_delta_rule");
+  Session a(model, {.piece = kPiece});
+  a.read(noise(40, 1));
+  Session b = a;
+  a.commit();
+  CHECK_THROWS_WITH(a.merge(b), ContainsSubstring("committed"));
+  b.commit();
+  b.read(noise(10, 2));
+  a.merge(b);
+  CHECK(same_bits(a, b));
+  Session other(model, {.piece = kPiece});
+  other.read(noise(40, 5));
+  other.commit();
+  CHECK_THROWS_WITH(a.merge(other), ContainsSubstring("committed"));
+  Session elsewhere(model_of("delta_rule"), {.piece = kPiece});
+  CHECK_THROWS_WITH(a.merge(elsewhere), ContainsSubstring("the same model"));
+  Session stopped(model, {.piece = kPiece});
+  Session longer = stopped;
+  longer.read(noise(64, 1));
+  CHECK_THROWS_AS(stopped.merge(longer, [](auto, auto) { return false; }), Cancelled);
+  CHECK(stopped.position() == 0);
 }

@@ -108,8 +108,10 @@ std::int64_t decoding_scratch(const DecodingModel& model);
 /// @param states  one for each layer
 /// @param scratch 64-byte aligned, overwritten
 /// @param head    null where the model has none; its η and log-decay take the strength as well
+/// @param hidden  null, or gets the final hidden state, normed, that the logits are made of [width]
 void decode_token(const DecodingModel& model, std::int64_t token, std::int64_t position,
                   float strength, const std::vector<DecodingState>& states, float* scratch,
-                  float* logits, const Executor& executor, const DecodingHeadState& head = {});
+                  float* logits, const Executor& executor, const DecodingHeadState& head = {},
+                  float* hidden = nullptr);
 
 }  // namespace fastweights::cpu

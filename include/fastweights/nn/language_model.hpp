@@ -29,6 +29,9 @@ struct ForwardOptions {
   at::Tensor write_strength = {};
   /// int64 [1] or undefined: how many β were limited is added, over all layers and heads.
   at::Tensor limited_writes = {};
+  /// Gets the final hidden states, normed, that the logits are made of: [B, T, width] (in Python: a
+  /// forward hook on `norm`).
+  at::Tensor* hidden = nullptr;
 };
 
 /// What a call of LanguageModel returns.

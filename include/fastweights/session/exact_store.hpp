@@ -128,8 +128,20 @@ class ExactStore {
 
   /// Goes back: the store is, bit for bit, what it was at the checkpoint, which is one of its own
   /// or of a store that it is a copy of. Throws Error, and changes nothing, if what there was then
-  /// has been dropped since for the budgets' sake (a copy of the store keeps it).
+  /// has been dropped since for the budgets' sake (a copy of the store keeps it), or if there never
+  /// was such a place.
   void rollback(const Checkpoint& checkpoint);
+
+  /// Bytes of all parts that `other` does not share.
+  std::int64_t bytes_apart(const ExactStore& other) const {
+    return match_.bytes_apart(other.match_) + neighbours_.bytes_apart(other.neighbours_) +
+           (mixture_.shares(other.mixture_) ? 0 : mixture_.bytes());
+  }
+
+  /// Takes back what this store has dropped and `earlier`, a copy that it went on from, still has,
+  /// beyond the budgets: for `rollback` to the earlier place, or to this one. False, and nothing is
+  /// changed, if there is a gap between what the two hold.
+  bool extend_back(const ExactStore& earlier);
 
   /// All of the store: `store.options`, `store.temperature`, `store.sizes`, `store.text`,
   /// `store.skipped`, `store.matches`, `store.keys`, `store.values`, `store.mixture`.
@@ -139,6 +151,13 @@ class ExactStore {
   /// StateMismatch if they are of other sizes, FileError if they are none of a store's.
   static ExactStore from_tensors(std::int64_t hidden_size, std::int64_t vocabulary_size,
                                  std::span<const io::TensorData> tensors);
+
+  /// A checkpoint of a store, stored: `store.place`, `store.matches`, `store.mixture`.
+  static std::vector<StoredTensor> tensors(const Checkpoint& checkpoint);
+
+  /// The checkpoint whose tensors these are; others are ignored. Throws FileError if they are none
+  /// of a checkpoint of this store.
+  Checkpoint checkpoint_from_tensors(std::span<const io::TensorData> tensors) const;
 
  private:
   using Buckets = std::array<std::size_t, 2>;
@@ -151,6 +170,7 @@ class ExactStore {
   void learn(std::int64_t token, const Recall& recall, std::span<const float> logits,
              float log_sum);
   void check_batch(const Batch& batch, std::span<const float> out) const;
+  void check_sizes(const Checkpoint& checkpoint) const;
   void check_token(std::int64_t token, float strength) const;
   void read_part(const Batch& batch, std::span<float> out, const core::Executor& executor);
 

@@ -98,6 +98,13 @@ class SessionLog {
   /// strength was another one; `end` if there is none.
   std::int64_t set_strength(std::int64_t begin, std::int64_t end, float strength);
 
+  /// Where two logs part: they have the same tokens in the same calls with the same strengths
+  /// before it. Throws Error if they do not begin at the same place or have other vocabularies.
+  std::int64_t common_end(const SessionLog& other) const;
+
+  /// Appends what `other` has from `begin` on, in calls of their own.
+  void append(const SessionLog& other, std::int64_t begin);
+
   /// Forgets all tokens and calls; positions and generator go on.
   void commit();
 

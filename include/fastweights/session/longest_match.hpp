@@ -73,9 +73,17 @@ class LongestMatch {
   /// Bytes of text and index.
   std::int64_t bytes() const;
 
-  /// Goes back to the first `size` tokens, of which `matches` were found then. Throws Error if
-  /// `size` is not in [0, size()], or text that there was then has been dropped since.
+  /// Bytes of text and index that `other` does not share.
+  std::int64_t bytes_apart(const LongestMatch& other) const;
+
+  /// Goes back to the first `size` tokens, of which those from `begin` on were there and `matches`
+  /// were found then. Throws Error if `size` is not in [0, size()], if text that there was then has
+  /// been dropped since, or if a match is none of that text.
   void truncate(std::int64_t size, std::int64_t begin, std::span<const TextMatch> matches);
+
+  /// Takes back the text that this finder has dropped and `earlier`, which it went on from, still
+  /// has. False, and nothing is changed, if text between the two is lost.
+  bool extend_back(const LongestMatch& earlier);
 
   /// Takes up a text from its stored form: an empty finder becomes one that has read `tokens`, of
   /// which the first stood at `begin`, a multiple of kPage. Throws Error if the parts do not agree.
@@ -113,8 +121,9 @@ class LongestMatch {
   void find_in_run(const Run& run, std::uint32_t hash);
   void index_pages();
   std::shared_ptr<const Run> make_run(std::int64_t begin, std::int64_t end) const;
-  void rebuild_index(std::int64_t indexed);
+  void ensure_index();
   void drop_old_text();
+  void drop_text_before(std::int64_t page);
   void set_matches(std::span<const TextMatch> matches);
 
   std::int64_t vocabulary_size_;
@@ -124,6 +133,7 @@ class LongestMatch {
   Shared<std::vector<std::shared_ptr<const Run>>> runs_;  // oldest first, without gaps
   SharedPages<std::uint32_t> tail_;                       // hashes of [indexed_, size())
   std::int64_t indexed_ = 0;
+  bool index_fits_ = true;  // else the index is that of another state of the text
   std::int64_t match_count_ = 0;
   std::array<TextMatch, kMostCandidates + 1> matches_;
 };

@@ -55,6 +55,8 @@ class Mixture {
   /// Takes up weights from their stored form. Throws Error unless there are as many buckets, each
   /// with positive weights that sum to 1 and a finite count ≥ 0.
   void restore(std::vector<Bucket> buckets);
+  /// Whether `other` has the same weights in the same memory.
+  bool shares(const Mixture& other) const { return &*buckets_ == &*other.buckets_; }
   std::int64_t bytes() const {
     return static_cast<std::int64_t>(buckets_->size() * sizeof(Bucket));
   }

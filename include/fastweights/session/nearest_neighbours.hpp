@@ -83,6 +83,15 @@ class NearestNeighbours {
   /// entries that there were then have been dropped since.
   void truncate(std::int64_t size);
 
+  /// Bytes of keys and tokens that `other` does not share.
+  std::int64_t bytes_apart(const NearestNeighbours& other) const {
+    return keys_.bytes_apart(other.keys_) + tokens_.bytes_apart(other.tokens_);
+  }
+
+  /// Takes back the entries that this store has dropped and `earlier`, which it went on from, still
+  /// has. False, and nothing is changed, if entries between the two are lost.
+  bool extend_back(const NearestNeighbours& earlier);
+
   /// Makes an empty store one whose first entries were dropped: it begins at entry `begin`, a
   /// multiple of kPage. Throws Error if it is none, or if there are entries.
   void start_at(std::int64_t begin);

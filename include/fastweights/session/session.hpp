@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "fastweights/nn/state.hpp"
+#include "fastweights/session/exact_store.hpp"
 #include "fastweights/session/generator.hpp"
 #include "fastweights/session/log.hpp"
 #include "fastweights/session/mark.hpp"
@@ -29,6 +30,7 @@ class LanguageModelImpl;
 namespace detail {
 
 class Journal;
+class Recollection;
 
 /// A place in a text, and all that decides what comes next there. Nothing writes into the tensors
 /// of a session between its calls, so copies share them.
@@ -36,6 +38,7 @@ struct Place {
   nn::LanguageModelState state;
   at::Tensor logits;                ///< of the next token: fp32 [vocabulary]
   std::int64_t limited_writes = 0;  ///< β that were limited to the stable range up to here
+  std::shared_ptr<Recollection> recollection = {};  ///< null where there is no exact store
 };
 
 }  // namespace detail
@@ -53,6 +56,9 @@ struct SessionOptions {
   std::uint64_t seed = 0;
   /// Bytes of tensors that may be kept to make going back cheap; 0: an edit replays the whole log.
   std::int64_t journal_bytes = std::int64_t{64} << 20;
+  /// An exact store behind window and fast weights, which recalls what was read at any distance;
+  /// none: no store. It grows with the text, up to its own budgets.
+  std::optional<ExactStoreOptions> store = {};
 };
 
 /// A place in a session's text: a mark, or a position.
@@ -79,6 +85,8 @@ struct SessionReport {
   /// β that feedback would have raised beyond 2 and that were limited, over all layers, heads and
   /// tokens of the session's present text.
   std::int64_t limited_writes = 0;
+  std::int64_t store_tokens = 0;  ///< that the exact store was given; 0 without one
+  std::int64_t store_bytes = 0;   ///< of what it keeps, whether copies share it or not
 };
 
 /// What `Session::write` writes, and when it stops.
@@ -107,10 +115,13 @@ struct WriteOptions {
 /// checkpoint; afterwards the session is, bit for bit, one that was driven that way from the start.
 /// An edit that is cancelled or fails leaves the session as it was.
 ///
+/// With an exact store its votes are mixed into every prediction, and it is part of all of this: of
+/// edits, copies, scores and files.
+///
 /// Memory is constant but for the log, which takes a byte per token (with a vocabulary of 256) and
-/// a few bytes per call. If a call throws, the session is valid and holds what was processed up to
-/// the last complete step. Copies are independent and share what neither has changed: a copy costs
-/// what differs.
+/// a few bytes per call, and for the exact store. If a call throws, the session is valid and holds
+/// what was processed up to the last complete step. Copies are independent and share what neither
+/// has changed: a copy costs what differs.
 class Session {
  public:
   /// An empty session. Throws Error if the model is in training mode or its vocabulary is not that
@@ -174,6 +185,11 @@ class Session {
   /// Later positions and marks move along; marks among the tokens stand where they began.
   void revoke(TextPoint from, TextPoint to, const Progress& progress = {});
 
+  /// Goes on with what `other` read and wrote since the two were one: afterwards the session is one
+  /// that did so itself, after all that it did. Marks are the session's own. Throws Error if the
+  /// two run on different models, or if what one of them committed is not the beginning of both.
+  void merge(const Session& other, const Progress& progress = {});
+
   /// Makes what happened so far final: tensors, position and generator stay, the log before this
   /// place is gone, and no mark is valid any more.
   void commit();
@@ -190,12 +206,13 @@ class Session {
                           const SessionOptions& options = {}, const Progress& progress = {});
 
   /// Logits of the next token, fp32 [vocabulary] on the CPU, a copy; all 0 in a fresh session,
-  /// which so predicts its first byte uniformly.
+  /// which so predicts its first byte uniformly. With an exact store: log p by model and store.
   at::Tensor logits() const;
 
   /// Name → tensor, copies of everything that decides the next token: `layers.N.memory.state`,
   /// `layers.N.memory.conv`, `layers.N.attention.key`, `layers.N.attention.value`, `position`,
-  /// `generator` (int64 [2]: the bits of its seed, and its draws) and `logits`.
+  /// `generator` (int64 [2]: the bits of its seed, and its draws) and `logits`; with an exact store
+  /// its tensors, and `store.hidden` and `store.logits`, what the model said at this place.
   nn::NamedTensors state() const;
 
   /// Tokens read and written so far, without those that were rolled back or revoked.

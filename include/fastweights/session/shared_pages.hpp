@@ -75,6 +75,27 @@ class SharedPages {
     first_page_ = page;
   }
 
+  /// Bytes of the pages that `other` does not share.
+  std::int64_t bytes_apart(const SharedPages& other) const {
+    std::int64_t apart = 0;
+    for (std::int64_t page = first_page_; page < end_page(); ++page) {
+      if (!other.has(page) || other.place(page) != place(page)) ++apart;
+    }
+    return apart * page_size_ * static_cast<std::int64_t>(sizeof(T));
+  }
+
+  /// Takes back the pages that this sequence has dropped and `earlier`, which it went on from,
+  /// still has. False, and nothing is changed, if pages between the two are lost.
+  bool extend_back(const SharedPages& earlier) {
+    if (earlier.first_page_ >= first_page_) return true;
+    if (earlier.size_ < first_page_ * page_size_) return false;
+    auto& list = pages_.edit();
+    const auto begin = earlier.pages_->begin();
+    list.insert(list.begin(), begin, begin + (first_page_ - earlier.first_page_));
+    first_page_ = earlier.first_page_;
+    return true;
+  }
+
   /// Makes an empty sequence one whose first pages were dropped: it begins at page `page`.
   void start_at(std::int64_t page) {
     first_page_ = page;
@@ -83,6 +104,11 @@ class SharedPages {
 
  private:
   using Page = core::AlignedBuffer<T>;
+
+  bool has(std::int64_t page) const { return page >= first_page_ && page < end_page(); }
+  const std::shared_ptr<Page>& place(std::int64_t page) const {
+    return (*pages_)[static_cast<std::size_t>(page - first_page_)];
+  }
 
   std::shared_ptr<Page> new_page() const {
     auto page = std::make_shared<Page>(static_cast<std::size_t>(page_size_));

@@ -16,6 +16,9 @@
 ///     layers.N.…, position, logits   the session's
 ///     base.…                         the same where its log begins, if something was committed
 ///     checkpoints.I.…                the same at checkpoint I, but not if that is the present
+///     …store.place, .matches, .mixture, .hidden, .logits   beside each of these, of an exact store
+///     content.store.…                what the store holds, and what it dropped since a checkpoint
+///     base.content.store.…           what it held where the log begins
 ///     log.tokens                     U8 [tokens, bytes per token]
 ///     log.calls                      I64 [calls, 4]: kind, tokens, has a seed, the seed's bits
 ///     log.strengths                  I64 [spans, 3]: begin, end, the bits of the strength (fp32)

@@ -23,6 +23,12 @@ class TokenPages {
   std::int64_t end_page() const { return pages_.end_page(); }
   std::int64_t bytes() const { return pages_.bytes(); }
 
+  /// See SharedPages.
+  std::int64_t bytes_apart(const TokenPages& other) const {
+    return pages_.bytes_apart(other.pages_);
+  }
+  bool extend_back(const TokenPages& earlier) { return pages_.extend_back(earlier.pages_); }
+
   std::int64_t operator[](std::int64_t index) const {
     const std::uint8_t* at = pages_.page(index / page_size_) + index % page_size_ * token_bytes_;
     return detail::load_token(at, token_bytes_);

@@ -1,4 +1,4 @@
-"""`read`, `write`, `score` and `chat`: what a session does."""
+"""`read`, `write`, `score`, `chat` and `merge`: what a session does."""
 
 import argparse
 import sys
@@ -16,11 +16,12 @@ from ._options import Commands, add_command, open_model, open_state, positive, r
 
 
 def add_commands(commands: Commands) -> None:
-    """Adds the four."""
+    """Adds the five."""
     _add_read(commands)
     _add_write(commands)
     _add_score(commands)
     _add_chat(commands)
+    _add_merge(commands)
 
 
 def _add_read(commands: Commands) -> None:
@@ -82,6 +83,30 @@ def _add_chat(commands: Commands) -> None:
     )
 
 
+def _add_merge(commands: Commands) -> None:
+    command = add_command(
+        commands,
+        "merge",
+        _merge,
+        "Let the first session go on with what the second read and wrote since the two were one.",
+    )
+    command.add_argument("first", type=Path, metavar="FIRST", help="state file")
+    command.add_argument("second", type=Path, metavar="SECOND", help="state file")
+    command.add_argument("output", type=Path, metavar="OUTPUT", help="state file to write")
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    model = open_model(arguments)
+    session = open_state(arguments.first, model)
+    other = open_state(arguments.second, model)
+    before = session.position
+    with bar(arguments.second.name, other.position) as show:
+        session.merge(other, show)
+    session.save(arguments.output)
+    print(f"{arguments.output}: {before} bytes and {session.position - before} of the second")
+    return 0
+
+
 def _add_state(command: argparse.ArgumentParser, required: bool = False) -> None:
     command.add_argument(
         "--state",
@@ -91,6 +116,9 @@ def _add_state(command: argparse.ArgumentParser, required: bool = False) -> None
         help="state file: taken up if it is there, and saved at the end",
     )
     command.add_argument("--no-save", action="store_true", help="leave the state file as it is")
+    command.add_argument(
+        "--store", action="store_true", help="give a new session an exact store, which recalls"
+    )
 
 
 def _add_sampling(command: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -116,7 +144,12 @@ def saved_session(arguments: argparse.Namespace) -> Iterator[Session]:
     """A session that is saved where that was asked for, after Ctrl-C too."""
     model = open_model(arguments)
     path = arguments.state
-    session = open_state(path, model) if path and path.exists() else Session(model)
+    if path and path.exists():
+        session = open_state(path, model)
+        if arguments.store and session.store is None:
+            raise Error(f"{path} is the state of a session without an exact store")
+    else:
+        session = Session(model, store=arguments.store)
     try:
         yield session
     except KeyboardInterrupt:
