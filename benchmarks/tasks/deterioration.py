@@ -31,6 +31,7 @@ from continual.facts import Fact, exchange_text, fact_sets, shuffled
 from continual.learners import (
     Carried,
     CarriedWithStore,
+    Consolidated,
     ElasticWeights,
     Frozen,
     Gradient,
@@ -43,11 +44,14 @@ from continual.learners import (
 from continual.plots import save_plot
 from continual.report import table
 
+from baselines.rwkv7 import load_rwkv7
 from record import Record, save_record
 
 BASE_BYTES = 8192
 PASSAGE_BYTES = 1024
+GUARDED_BYTES = 4096  # of text that the model was trained on, for consolidation
 RESULT = ROOT / "benchmarks" / "results" / "deterioration.json"
+RWKV7 = ROOT / "benchmarks" / "baselines" / "rwkv7_reader.safetensors"
 
 Make = Callable[[Any, bytes, int], Learner]
 STEPS = 16  # on each text
@@ -64,6 +68,11 @@ def learners(folder: Path) -> dict[str, Make]:
         "fast weights in the blocks": lambda model, base, seed: Carried(model),
         "fast weights, blocks and head": lambda model, base, seed: Carried(with_head()),
         "fast weights and exact store": lambda model, base, seed: CarriedWithStore(with_head()),
+        "fast weights and consolidation": lambda model, base, seed: Consolidated(
+            with_head(), base[:GUARDED_BYTES]
+        ),
+        "RWKV-7, frozen": lambda model, base, seed: Frozen(load_rwkv7(RWKV7)),
+        "RWKV-7, state carried": lambda model, base, seed: Carried(load_rwkv7(RWKV7)),
         "SGD": lambda model, base, seed: Gradient(model, sgd, STEPS),
         "AdamW": lambda model, base, seed: Gradient(model, adamw, STEPS),
         "LoRA, AdamW": lambda model, base, seed: LoRA(model, partial(adamw, lr=1e-2), STEPS),
@@ -95,13 +104,14 @@ def run(
         matrix.append([right for right, _ in answers])
         costs.append([bits for _, bits in answers])
         drift.append(learner.text_bits(base))
-    return {
+    row = {
         "accuracy": matrix,
         "answer_bits": costs,
         "base_bits": drift,
         "seconds_learning": learning,
         "seconds": time.perf_counter() - started,
     }
+    return row | ({"accepted": learner.accepted} if isinstance(learner, Consolidated) else {})
 
 
 SHUFFLED = ("AdamW", "fast weights in the blocks")  # these get a control with wrong answers

@@ -12,16 +12,20 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import fastweights
+from baselines.rwkv7 import RWKV7, RWKV7State
 from fastweights.nn import LanguageModel, LanguageModelState
 
 PIECE = 1024
 LN_2 = math.log(2.0)
+Model = LanguageModel | RWKV7
+State = LanguageModelState | RWKV7State
+S = TypeVar("S", LanguageModelState, RWKV7State)
 
 
 class Learner(Protocol):
@@ -41,7 +45,7 @@ def to_tokens(text: bytes) -> Tensor:
     return torch.tensor(list(text), dtype=torch.int64)[None]
 
 
-def row_bits(model: LanguageModel, state: LanguageModelState | None, rows: Tensor) -> Tensor:
+def row_bits(model: Model, state: State | None, rows: Tensor) -> Tensor:
     """−log2 p of each token but the first: [B, T − 1]."""
     logits = model(rows, state).logits
     assert logits is not None
@@ -49,16 +53,16 @@ def row_bits(model: LanguageModel, state: LanguageModelState | None, rows: Tenso
     return log_p.gather(2, rows[:, 1:, None]).squeeze(2) / -LN_2
 
 
-def repeated(state: LanguageModelState, count: int) -> LanguageModelState:
+def repeated(state: S, count: int) -> S:
     """One row's state for `count` rows."""
     tensors = {name: torch.cat([tensor] * count) for name, tensor in state.tensors().items()}
-    return LanguageModelState.from_tensors(tensors)
+    return type(state).from_tensors(tensors)
 
 
 @torch.no_grad()
 def answer_bits(
-    model: LanguageModel,
-    state: LanguageModelState | None,
+    model: Model,
+    state: State | None,
     prompts: Sequence[bytes],
     answers: Sequence[bytes],
 ) -> Tensor:
@@ -74,7 +78,7 @@ def answer_bits(
 
 
 @torch.no_grad()
-def text_bits(model: LanguageModel, state: LanguageModelState | None, text: bytes) -> float:
+def text_bits(model: Model, state: State | None, text: bytes) -> float:
     """Bits per byte of a text; its first byte is given."""
     total = 0.0
     tokens = to_tokens(text)
@@ -91,7 +95,7 @@ def text_bits(model: LanguageModel, state: LanguageModelState | None, text: byte
 class Frozen:
     """Learns nothing: each question meets the model as it was trained."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
 
     def learn(self, text: bytes) -> None:
@@ -105,11 +109,16 @@ class Frozen:
 
 
 class Carried(Frozen):
-    """Carries the state: attention window and fast weights. `window_only` empties the latter."""
+    """Carries the state: attention window and fast weights, or RWKV-7's token shifts and matrices.
 
-    def __init__(self, model: LanguageModel, window_only: bool = False) -> None:
+    `window_only` empties the fast weights.
+    """
+
+    def __init__(self, model: Model, window_only: bool = False) -> None:
         super().__init__(copy.deepcopy(model))
-        self.model.enable_memory(not window_only)
+        if window_only:
+            assert isinstance(self.model, LanguageModel)
+            self.model.enable_memory(False)
         self.state = self.model.initial_state(1)
 
     @torch.no_grad()
@@ -126,6 +135,9 @@ class Carried(Frozen):
 
 class CarriedWithStore(Carried):
     """Carries the state and an exact store, which finds again what was read and speaks along."""
+
+    model: LanguageModel
+    state: LanguageModelState
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__(model)
@@ -193,6 +205,32 @@ class CarriedWithStore(Carried):
             bits.append(self._read(store, piece[0], hidden[0], logits[0], last))
             last = hidden[0, -1:], logits[0, -1:]
         return float(torch.cat(bits)[1:].mean())
+
+
+class Consolidated(Frozen):
+    """A session reads each text and is consolidated; fresh sessions of the new model are asked.
+
+    So nothing is carried but what the model itself has learned: no attention window, no log. The
+    text that was just read is the one that consolidation is tried on, and `guarded` is text that
+    the model was trained on. Where consolidation is refused, the session carries on.
+    """
+
+    def __init__(self, model: LanguageModel, guarded: bytes) -> None:
+        super().__init__(model)
+        self.guarded = guarded
+        self.session = fastweights.Session(model)
+        self.accepted: list[bool] = []  # of each text
+
+    def learn(self, text: bytes) -> None:
+        self.session.read(text)
+        try:
+            consolidated = self.session.consolidate(text, self.guarded)
+        except fastweights.Error:
+            self.accepted.append(False)
+            return
+        self.accepted.append(True)
+        self.model = consolidated.model
+        self.session = fastweights.Session(consolidated.model)
 
 
 # ---- learners that take gradient steps

@@ -20,13 +20,20 @@ def save_plot(rows: list[Row], path: Path) -> None:
     sets = len(rows[0]["accuracy"])
     columns = 4
     lines = -(-len(groups) // columns)
-    figure = Figure(figsize=(13, 5 + 2.6 * lines), layout="constrained")
-    grid = figure.add_gridspec(1 + lines, columns, height_ratios=[2, *([1] * lines)])
+    figure = Figure(figsize=(13, 6 + 2.6 * lines), layout="constrained")
+    grid = figure.add_gridspec(2 + lines, columns, height_ratios=[2, 0.5, *([1] * lines)])
     styles = _styles(list(groups))
-    _retention(figure.add_subplot(grid[0, :2]), groups, styles)
+    upper = figure.add_subplot(grid[0, :2])
+    _retention(upper, groups, styles)
     _drift(figure.add_subplot(grid[0, 2:]), groups, styles)
+    key = figure.add_subplot(grid[1, :])
+    key.axis("off")
+    handles, labels = upper.get_legend_handles_labels()
+    key.legend(handles, labels, fontsize=8, ncols=4, loc="center", handlelength=3.5)
+    matrices = []
     for index, (name, group) in enumerate(groups.items()):
-        axes = figure.add_subplot(grid[1 + index // columns, index % columns])
+        axes = figure.add_subplot(grid[2 + index // columns, index % columns])
+        matrices.append(axes)
         mean = np.mean([row["accuracy"] for row in group], axis=0)
         image = axes.imshow(mean, vmin=1 / FACTS_PER_SET, vmax=1, cmap="viridis")
         axes.set_title(name, fontsize=9)
@@ -34,12 +41,10 @@ def save_plot(rows: list[Row], path: Path) -> None:
         axes.set_yticks(range(sets), [str(i + 1) for i in range(sets)], fontsize=7)
         if index % columns == 0:
             axes.set_ylabel("after set", fontsize=8)
-    figure.colorbar(image, ax=figure.axes[2:], label="accuracy on the set", shrink=0.6)
-    seeds = max(len(group) for group in groups.values())
-    figure.suptitle(
-        f"{sets} sets of {FACTS_PER_SET} facts, one after the other; "
-        + (f"mean of {seeds} seeds" if seeds > 1 else "one seed")
-    )
+    figure.colorbar(image, ax=matrices, label="accuracy on the set", shrink=0.6)
+    seeds = sorted({len(group) for group in groups.values()})
+    number = "one seed" if seeds == [1] else f"mean of {' to '.join(map(str, seeds))} seeds"
+    figure.suptitle(f"{sets} sets of {FACTS_PER_SET} facts, one after the other; {number}")
     figure.savefig(path, dpi=120)
 
 
@@ -65,7 +70,6 @@ def _retention(axes: Axes, groups: dict[str, list[Row]], styles: dict[str, dict[
     axes.set_ylabel("right name chosen")
     axes.set_ylim(0, 1.03)
     axes.set_title("What is kept (dotted: guessing)")
-    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _drift(axes: Axes, groups: dict[str, list[Row]], styles: dict[str, dict[str, Any]]) -> None:

@@ -28,6 +28,9 @@ def summary(rows: list[Row]) -> dict[str, tuple[float, float]]:
         "kept": mean_and_error([kept(r) for r in matrices]),
         "backward transfer": mean_and_error([backward_transfer(r) for r in matrices]),
         "forgetting": mean_and_error([forgetting(r) for r in matrices]),
+        "answer bits": mean_and_error(
+            [float(np.mean(np.diag(row["answer_bits"]))) for row in rows]
+        ),
         "drift": mean_and_error([row["base_bits"][-1] - row["base_bits"][0] for row in rows]),
         "seconds": mean_and_error([row["seconds_learning"] for row in rows]),
     }
@@ -36,9 +39,9 @@ def summary(rows: list[Row]) -> dict[str, tuple[float, float]]:
 def table(rows: Iterable[Row]) -> str:
     """Markdown: a row for each learner."""
     lines = [
-        "| learner | right after learning | at the end | backward transfer | forgetting "
-        "| base text, bits per byte | seconds learning |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| learner | seeds | right after learning | at the end | backward transfer | forgetting "
+        "| right name, bits | base text, bits per byte | seconds learning |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, group in by_learner(rows).items():
         s = summary(group)
@@ -48,10 +51,12 @@ def table(rows: Iterable[Row]) -> str:
             return f"{mean:{form}} ± {error:.2f}"
 
         cells = [
+            str(len(group)),
             cell("learned", ".2f"),
             cell("kept", ".2f"),
             cell("backward transfer", "+.2f"),
             cell("forgetting", ".2f"),
+            cell("answer bits", ".1f"),
             cell("drift", "+.3f"),
             f"{s['seconds'][0]:.1f}",
         ]
