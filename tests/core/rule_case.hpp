@@ -176,6 +176,158 @@ inline RuleOutputs oracle(const RuleCase& c) {
   return out;
 }
 
+/// Gradients of Σ weights · outputs of the rules without a momentum, by name, token by token.
+inline Tensors gradient_oracle(const RuleCase& c, const RuleOutputs& weights) {
+  using Row = std::vector<double>;
+  const auto& s = c.shape;
+  const auto size = [](std::int64_t n) { return static_cast<std::size_t>(n); };
+  const std::size_t K = size(s.K), V = size(s.V);
+  Tensors d;
+  for (const auto& [name, values] : c.inputs) d[name].assign(values.size(), 0);
+  const auto slice = [&](const char* name, std::int64_t first, std::size_t count) {
+    Row out(count, 0);
+    const auto found = c.inputs.find(name);
+    if (found == c.inputs.end()) return out;
+    for (std::size_t i = 0; i < count; ++i) out[i] = found->second[size(first) + i];
+    return out;
+  };
+  const auto add = [&](const char* name, std::int64_t first, const Row& row) {
+    const auto found = d.find(name);
+    if (found == d.end()) return;
+    for (std::size_t i = 0; i < row.size(); ++i) found->second[size(first) + i] += row[i];
+  };
+  // Through x · rsqrt(Σx² + 1e-6).
+  const auto inverse_norm = [&](const Row& x) {
+    double sum = 1e-6;
+    for (const double value : x) sum += value * value;
+    return c.options.use_qk_l2norm ? 1 / std::sqrt(sum) : 1.0;
+  };
+  const auto add_feature = [&](const char* name, std::int64_t first, Row row) {
+    const Row x = slice(name, first, K);
+    const double norm = inverse_norm(x);
+    double along = 0;
+    for (std::size_t r = 0; r < K; ++r) along += x[r] * row[r];
+    if (!c.options.use_qk_l2norm) along = 0;
+    for (std::size_t r = 0; r < K; ++r) row[r] = norm * (row[r] - norm * norm * along * x[r]);
+    add(name, first, row);
+  };
+  const auto times = [&](const Row& matrix, const Row& right) {  // over values
+    Row out(K, 0);
+    for (std::size_t r = 0; r < K; ++r) {
+      for (std::size_t x = 0; x < V; ++x) out[r] += matrix[r * V + x] * right[x];
+    }
+    return out;
+  };
+  const auto transposed_times = [&](const Row& matrix, const Row& left) {  // over keys
+    Row out(V, 0);
+    for (std::size_t r = 0; r < K; ++r) {
+      for (std::size_t x = 0; x < V; ++x) out[x] += matrix[r * V + x] * left[r];
+    }
+    return out;
+  };
+  const auto add_outer = [&](const Row& left, const Row& right, double factor, Row& matrix) {
+    for (std::size_t r = 0; r < K; ++r) {
+      for (std::size_t x = 0; x < V; ++x) matrix[r * V + x] += factor * left[r] * right[x];
+    }
+  };
+  for (std::int64_t n = 0; n < c.sequences(); ++n) {
+    const auto& cu = c.options.cu_seqlens;
+    const std::int64_t begin = cu.empty() ? n * s.T : cu[size(n)];
+    const std::int64_t end = cu.empty() ? begin + s.T : cu[size(n) + 1];
+    for (std::int64_t hv = 0; hv < s.HV; ++hv) {
+      const std::int64_t offset = (n * s.HV + hv) * s.K * s.V;
+      struct Token {
+        Row q, k, v, a, b, alpha, decayed, read, after;
+        double beta = 1;
+      };
+      std::vector<Token> tokens;
+      Row state = slice("initial_state", offset, K * V);
+      const Row initial = state;
+      for (std::int64_t t = begin; t < end; ++t) {
+        const std::int64_t key = (t * s.H + hv / (s.HV / s.H)) * s.K;
+        const std::int64_t gate = t * s.HV + hv;
+        Token x;
+        x.q = slice("q", key, K), x.k = slice("k", key, K);
+        x.a = slice("a", key, K), x.b = slice("b", key, K);
+        x.v = slice("v", gate * s.V, V);
+        for (Row* row : {&x.q, &x.k}) {
+          const double norm = inverse_norm(*row);
+          for (double& value : *row) value *= norm;
+        }
+        if (c.inputs.contains("beta")) x.beta = c.inputs.at("beta")[size(gate)];
+        x.alpha = c.channel_gate() ? slice("g", gate * s.K, K) : Row(K, slice("g", gate, 1)[0]);
+        for (double& value : x.alpha) value = std::exp(value);
+        const Row before_a = transposed_times(state, x.a);
+        for (std::size_t i = 0; i < K * V; ++i) state[i] *= x.alpha[i / V];
+        x.decayed = state;
+        x.read = before_a;
+        Row write = x.v;
+        if (c.options.rule == RuleName::kKda) {
+          x.read = transposed_times(state, x.k);
+          for (std::size_t i = 0; i < V; ++i) write[i] = x.beta * (x.v[i] - x.read[i]);
+        }
+        if (c.options.rule == RuleName::kGeneralizedDeltaRule) add_outer(x.b, x.read, 1, state);
+        add_outer(x.k, write, 1, state);
+        x.after = state;
+        tokens.push_back(std::move(x));
+      }
+      Row d_state(weights.final_state.begin() + offset,
+                  weights.final_state.begin() + offset + s.K * s.V);
+      for (std::int64_t t = end - 1; t >= begin; --t) {
+        const Token& x = tokens[size(t - begin)];
+        const std::int64_t key = (t * s.H + hv / (s.HV / s.H)) * s.K;
+        const std::int64_t gate = t * s.HV + hv;
+        const Row d_o(weights.o.begin() + gate * s.V, weights.o.begin() + (gate + 1) * s.V);
+        Row d_q = times(x.after, d_o);
+        for (double& value : d_q) value *= c.scale;
+        add_feature("q", key, d_q);
+        add_outer(x.q, d_o, c.scale, d_state);
+        Row d_decayed = d_state;  // also of what precedes it, but for a
+        Row d_value = transposed_times(d_state, x.k);
+        Row d_before(K * V, 0);
+        if (c.options.rule == RuleName::kKda) {
+          Row error(V);
+          for (std::size_t i = 0; i < V; ++i) error[i] = x.v[i] - x.read[i];
+          Row d_k = times(d_state, error);
+          double d_beta = 0;
+          for (std::size_t r = 0; r < K; ++r) d_beta += x.k[r] * d_k[r];
+          add("beta", gate, {d_beta});
+          for (double& value : d_value) value *= x.beta;
+          const Row through = times(x.decayed, d_value);
+          for (std::size_t r = 0; r < K; ++r) d_k[r] = x.beta * d_k[r] - through[r];
+          add_feature("k", key, d_k);
+          add_outer(x.k, d_value, -1, d_decayed);
+        } else {
+          add_feature("k", key, times(d_state, x.v));
+        }
+        add("v", gate * s.V, d_value);
+        if (c.options.rule == RuleName::kGeneralizedDeltaRule) {
+          const Row& before = t > begin ? tokens[size(t - begin - 1)].after : initial;
+          const Row d_read = transposed_times(d_state, x.b);
+          add("b", key, times(d_state, x.read));
+          add("a", key, times(before, d_read));
+          add_outer(x.a, d_read, 1, d_before);
+        }
+        Row d_g(K, 0);
+        double sum = 0;
+        for (std::size_t i = 0; i < K * V; ++i) {
+          const double share = d_decayed[i] * x.decayed[i];
+          d_g[i / V] += share;
+          sum += share;
+          d_state[i] = x.alpha[i / V] * d_decayed[i] + d_before[i];
+        }
+        if (c.channel_gate()) {
+          add("g", gate * s.K, d_g);
+        } else {
+          add("g", gate, {sum});
+        }
+      }
+      add("initial_state", offset, d_state);
+    }
+  }
+  return d;
+}
+
 /// The same call in `Real`, with outputs and gradients that start as NaN.
 template <class Real>
 class RuleCall {

@@ -185,9 +185,22 @@ struct PendingChannels {
         log(static_cast<std::size_t>(channels)),
         scale(log.size()),
         inverse(log.size()) {
+    clear();
+  }
+
+  /// Nothing waits.
+  void clear() {
     std::fill_n(log.data(), log.size(), 0.0);
     std::fill_n(scale.data(), scale.size(), Real{1});
     std::fill_n(inverse.data(), inverse.size(), Real{1});
+  }
+
+  /// As it was when `log` held `saved`.
+  void restore(const double* saved) {
+    std::copy_n(saved, log.size(), log.data());
+    for (std::int64_t c = 0; c < channels; ++c) scale.data()[c] = static_cast<Real>(saved[c]);
+    exp_row(scale.data(), channels, scale.data());
+    for (std::int64_t c = 0; c < channels; ++c) inverse.data()[c] = 1 / scale.data()[c];
   }
 
   /// Adds a chunk's log-decays; `factors` become those of the stored state.
@@ -271,11 +284,18 @@ void pack_chunk(bool settle, PendingChannels<Real>& pending, DplrBlock<Real, kCo
   }
 }
 
+/// What `DplrForm` writes beside the state.
+enum class DplrEmit {
+  kOutput,  // o
+  kLowRank  // what the backward pass can't know: v − Sᵀa for Correction::kDelta, Sᵀa for kGeneral
+};
+
 /// `Rule` on packed tokens.
-template <class Rule>
+template <class Rule, DplrEmit kEmit = DplrEmit::kOutput>
 struct DplrForm {
   static constexpr int kStates = 1;
-  static constexpr int kReads = Rule::kCorrection == Correction::kNone ? 1 : 2;
+  static constexpr int kReads =
+      (Rule::kCorrection == Correction::kNone ? 0 : 1) + (kEmit == DplrEmit::kOutput ? 1 : 0);
   static constexpr Correction kCorrection = Rule::kCorrection;
   template <class Real>
   using Block = DplrBlock<Real, kCorrection>;
@@ -349,22 +369,36 @@ struct DplrForm {
         }
       }
     }
-    Vector<Real> outputs[kChunk][kPanelVectors];
-    read_state(state, kPanel<Real>, block.packed(chunk, Chunk::kQueries), shape.K, prefetch,
-               outputs);
+    const auto emit = [&](int i, int j, Vector<Real> out) HWY_ATTR {
+      hn::StoreU(out, d, rows.outputs + i * rows.output_stride + j * kLanes);
+    };
+    if constexpr (kEmit == DplrEmit::kLowRank) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kChunk; ++i) {
+      for (int i = 0; i < kChunk; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < kPanelVectors; ++j) {
-        auto output = outputs[i][j];
-#pragma GCC unroll 8
-        for (int before = 0; before <= i; ++before) {
-          output = hn::MulAdd(hn::Set(d, c.qk[i][before]), writes[before][j], output);
-          if constexpr (Chunk::kTwoWrites) {
-            output = hn::MulAdd(hn::Set(d, c.qb[i][before]), reads[before][j], output);
-          }
+        for (int j = 0; j < kPanelVectors; ++j) {
+          if constexpr (kCorrection == Correction::kDelta) emit(i, j, writes[i][j]);
+          if constexpr (kCorrection == Correction::kGeneral) emit(i, j, reads[i][j]);
         }
-        hn::StoreU(output, d, rows.outputs + i * rows.output_stride + j * kLanes);
+      }
+    } else {
+      Vector<Real> outputs[kChunk][kPanelVectors];
+      read_state(state, kPanel<Real>, block.packed(chunk, Chunk::kQueries), shape.K, prefetch,
+                 outputs);
+#pragma GCC unroll 8
+      for (int i = 0; i < kChunk; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kPanelVectors; ++j) {
+          auto output = outputs[i][j];
+#pragma GCC unroll 8
+          for (int before = 0; before <= i; ++before) {
+            output = hn::MulAdd(hn::Set(d, c.qk[i][before]), writes[before][j], output);
+            if constexpr (Chunk::kTwoWrites) {
+              output = hn::MulAdd(hn::Set(d, c.qb[i][before]), reads[before][j], output);
+            }
+          }
+          emit(i, j, output);
+        }
       }
     }
     const Real* factors = block.chunk_decay(chunk);

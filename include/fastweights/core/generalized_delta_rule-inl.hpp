@@ -29,13 +29,13 @@ struct GeneralizedDeltaRule {
 
   template <class Real>
   static void differentiate(const RuleParams<Real>& params, const RuleGradients<Real>& gradients,
-                            const Head& head, std::int64_t token, const TokenRows<Real>& x,
+                            const Head& head, std::int64_t token, const TokenRows<Real>& /*x*/,
                             const TokenRows<Real>& d_x, const KeyHeadGradients<Real>& sum) {
     const std::int64_t keys = params.shape.K;
     add_scaled_row(d_x.k, Real{1}, keys, sum.k);
     add_scaled_row(d_x.a, Real{1}, keys, sum.a);
     add_scaled_row(d_x.b, Real{1}, keys, sum.b);
-    store_decay_gradient(params, gradients, head, token, x.decay, d_x.decay);
+    store_log_decay_gradient(params, gradients, head, token, d_x.log_decay);
   }
 };
 

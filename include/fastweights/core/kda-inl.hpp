@@ -38,9 +38,9 @@ struct Kda {
     store_gate_gradient(gradients.d_beta, head, token, dot(k, d_x.k, keys));
     for (std::int64_t c = 0; c < keys; ++c) {
       sum.k[c] += beta * d_x.k[c] + x.decay[c] * d_x.a[c];
-      d_x.decay[c] += k[c] * d_x.a[c];
+      d_x.log_decay[c] += x.a[c] * d_x.a[c];
     }
-    store_decay_gradient(params, gradients, head, token, x.decay, d_x.decay);
+    store_log_decay_gradient(params, gradients, head, token, d_x.log_decay);
   }
 };
 

@@ -25,10 +25,10 @@ struct LinearAttention {
 
   template <class Real>
   static void differentiate(const RuleParams<Real>& params, const RuleGradients<Real>& gradients,
-                            const Head& head, std::int64_t token, const TokenRows<Real>& x,
+                            const Head& head, std::int64_t token, const TokenRows<Real>& /*x*/,
                             const TokenRows<Real>& d_x, const KeyHeadGradients<Real>& sum) {
     add_scaled_row(d_x.k, Real{1}, params.shape.K, sum.k);
-    store_decay_gradient(params, gradients, head, token, x.decay, d_x.decay);
+    store_log_decay_gradient(params, gradients, head, token, d_x.log_decay);
   }
 };
 

@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "fastweights/core/dplr_backward-inl.hpp"
+#include "fastweights/core/token_backward-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
 namespace fastweights::core::HWY_NAMESPACE {
@@ -371,7 +371,7 @@ struct MomentumBackwardScratch {
     return momenta.data() + chunk * base.value_stride * base.key_stride;
   }
 
-  DplrBackwardScratch<Real> base;  // its row a is p; b and decay are not used
+  TokenBackwardScratch<Real> base;  // its row a is p; b and decay are not used
   std::vector<MomentumGates<Real>> gates;
   std::vector<MomentumGates<double>> d_gates;
   AlignedBuffer<Real> momentum;    // [V, K]
