@@ -45,6 +45,7 @@
 #include "fastweights/ops/sliding_window_attention.hpp"
 #include "fastweights/ops/softmax_delta_rule.hpp"
 #include "fastweights/session/consolidation.hpp"
+#include "fastweights/session/judging.hpp"
 #include "fastweights/session/session.hpp"
 #include "fastweights/session/session_pool.hpp"
 #endif

@@ -18,6 +18,8 @@ void bind_model(pybind11::module_& module);
 void bind_exact_store(pybind11::module_& module);
 /// `Session`.
 void bind_session(pybind11::module_& module);
+/// `Judge`, and writing that is judged; after `Session`.
+void bind_judging(pybind11::module_& module);
 /// `SessionPool`; after `Session`, which it lends.
 void bind_session_pool(pybind11::module_& module);
 

@@ -11,5 +11,6 @@ PYBIND11_MODULE(_C, module) {
   fastweights::python::bind_model(module);
   fastweights::python::bind_exact_store(module);
   fastweights::python::bind_session(module);
+  fastweights::python::bind_judging(module);
   fastweights::python::bind_session_pool(module);
 }

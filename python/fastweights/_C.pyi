@@ -163,6 +163,35 @@ class Session:
     ) -> Session: ...
     def copy(self) -> Session: ...
 
+_Judgement = tuple[int, float, bytes]
+
+class Judge:
+    def __call__(self, before: Session, candidates: list[tuple[bytes, Session]]) -> _Judgement: ...
+
+def write_judged(
+    session: Session,
+    judge: Judge | Callable[[Session, list[tuple[bytes, Session]]], _Judgement],
+    passages: int,
+    candidates: int,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int | None,
+    stop: list[bytes],
+    on_token: Callable[[bytes], bool | None] | None,
+    progress: Callable[[int, int], bool | None] | None,
+) -> list[tuple[int, bytes, _Judgement]]: ...
+def fact_judge(
+    facts: list[tuple[bytes, bytes, bytes]],
+    right: float,
+    wrong: float,
+    silent: float,
+    correct: bool,
+) -> Judge: ...
+def likelihood_judge(held_out: bytes, tolerance: float, better: float, worse: float) -> Judge: ...
+def preference_judge(second_is_better: Callable[[bytes, bytes], bool]) -> Judge: ...
+
 class SessionPool:
     def __init__(
         self,

@@ -6,6 +6,7 @@
 - `fastweights.load_model`, `fastweights.save_model`: model folders, the same in C++ and Python.
 - `fastweights.ExactStore`: an exact memory of a text, beside any model.
 - `fastweights.Session`: a running model that learns from what it reads and from what it writes.
+- `fastweights.write_judged`: writing that a judge says how to learn from.
 - `fastweights.SessionPool`: many of them on one model, called from any threads.
 """
 
@@ -23,6 +24,16 @@ from . import errors, fla, io, nn, ops
 from .errors import Cancelled, Error, FileError, ShapeError, StateMismatch
 from .exact_store import ExactStore, ExactStoreOptions
 from .io import load_model, save_model
+from .judging import (
+    Candidate,
+    Fact,
+    JudgedPassage,
+    Judgement,
+    fact_judge,
+    likelihood_judge,
+    preference_judge,
+    write_judged,
+)
 from .session import Consolidation, ConsolidationTrial, Session
 from .session_pool import SessionPool
 
@@ -30,21 +41,29 @@ __version__ = VERSION
 
 __all__ = [
     "Cancelled",
+    "Candidate",
     "Consolidation",
     "ConsolidationTrial",
     "Error",
     "ExactStore",
     "ExactStoreOptions",
+    "Fact",
     "FileError",
+    "JudgedPassage",
+    "Judgement",
     "Session",
     "SessionPool",
     "ShapeError",
     "StateMismatch",
     "errors",
+    "fact_judge",
     "fla",
     "io",
+    "likelihood_judge",
     "load_model",
     "nn",
     "ops",
+    "preference_judge",
     "save_model",
+    "write_judged",
 ]

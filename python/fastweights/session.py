@@ -492,26 +492,41 @@ def _write(
     on_token: Callable[[str], bool | None] | None,
 ) -> str:
     """What `Session.write` and `SessionPool.write` make of bytes that come one by one."""
-    stops = [stop] if isinstance(stop, str | bytes | bytearray | memoryview) else stop
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-
-    def on_bytes(token: bytes) -> bool | None:
-        text = decoder.decode(token)
-        return on_token(text) if text and on_token else None
-
+    stream = _TokenStream(on_token) if on_token else None
     written = native(
         max_tokens,
         temperature,
         top_k,
         top_p,
         None if seed is None else _checked_seed(seed),
-        [_to_bytes(each) for each in stops],
-        on_bytes if on_token else None,
+        _stops(stop),
+        stream,
     )
-    rest = decoder.decode(b"", final=True)
-    if rest and on_token:
-        on_token(rest)
+    if stream:
+        stream.finish()
     return written.decode("utf-8", "surrogateescape")
+
+
+class _TokenStream:
+    """Hands on bytes that come one by one as text, each piece once its characters are complete."""
+
+    def __init__(self, on_token: Callable[[str], bool | None]) -> None:
+        self._on_token = on_token
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+
+    def __call__(self, token: bytes) -> bool | None:
+        text = self._decoder.decode(token)
+        return self._on_token(text) if text else None
+
+    def finish(self) -> None:
+        rest = self._decoder.decode(b"", final=True)
+        if rest:
+            self._on_token(rest)
+
+
+def _stops(stop: Text | Sequence[Text]) -> list[bytes]:
+    stops = [stop] if isinstance(stop, str | bytes | bytearray | memoryview) else stop
+    return [_to_bytes(each) for each in stops]
 
 
 def _checked_seed(seed: int) -> int:
