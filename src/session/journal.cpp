@@ -3,6 +3,9 @@
 #include <sys/mman.h>
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <memory>
 #include <utility>
 
 #include "recollection.hpp"
@@ -18,23 +21,52 @@ std::int64_t bytes_of(const Place& place) {
   return bytes;
 }
 
-/// A copy in pages of its own. Checkpoints outlive the buffers between which the heap would place
-/// them, and keep the heap from giving those back: several times the checkpoints' own bytes.
-at::Tensor in_own_pages(const at::Tensor& tensor) {
-  constexpr std::size_t kLeast = 65536;
-  const std::size_t bytes = tensor.nbytes();
-  if (!tensor.device().is_cpu() || bytes < kLeast) return tensor.clone();
+/// Memory in pages of its own, which go back to the system with the last owner; null if there is
+/// none to be had.
+std::shared_ptr<std::byte> own_pages(std::size_t bytes) {
   void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) return tensor.clone();
-  const auto give_back = [bytes](void* memory) { munmap(memory, bytes); };
-  return at::from_blob(pages, tensor.sizes(), give_back, tensor.options()).copy_(tensor);
+  if (pages == MAP_FAILED) return nullptr;
+  return {static_cast<std::byte*>(pages), [bytes](std::byte* memory) { munmap(memory, bytes); }};
+}
+
+/// Checkpoints of a session at most. So many are as good as any number, since their spacing grows
+/// with the distance; where they are small, more would cost time and scatter the heap.
+constexpr std::size_t kMost = 512;
+
+constexpr std::size_t kAlignment = 64;
+
+std::size_t aligned(std::size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+/// Copies of tensors in pages of their own. Checkpoints outlive the buffers between which the heap
+/// would place them, and keep the heap from giving those back: many times the checkpoints' own
+/// bytes.
+void move_to_own_pages(nn::NamedTensors& tensors) {
+  std::size_t bytes = 0;
+  for (const auto& [name, tensor] : tensors) bytes += aligned(tensor.nbytes());
+  const bool on_cpu =
+      std::ranges::all_of(tensors, [](const auto& each) { return each.second.is_cpu(); });
+  std::shared_ptr<std::byte> pages = on_cpu && bytes > 0 ? own_pages(bytes) : nullptr;
+  std::byte* next = pages.get();
+  for (auto& [name, tensor] : tensors) {
+    if (!pages) {
+      tensor = tensor.clone();
+      continue;
+    }
+    tensor = at::from_blob(next, tensor.sizes(), [pages](void*) {}, tensor.options()).copy_(tensor);
+    next += aligned(tensor.nbytes());
+  }
 }
 
 Place in_own_pages(const Place& place) {
   nn::NamedTensors tensors = place.state.tensors();
-  for (auto& [name, tensor] : tensors) tensor = in_own_pages(tensor);
-  return {nn::LanguageModelState::from_tensors(tensors), in_own_pages(place.logits),
-          place.limited_writes, place.recollection};
+  tensors.emplace_back("logits", place.logits);
+  move_to_own_pages(tensors);
+  at::Tensor logits = std::move(tensors.back().second);
+  tensors.pop_back();
+  return {nn::LanguageModelState::from_tensors(tensors), std::move(logits), place.limited_writes,
+          place.recollection};
 }
 
 }  // namespace
@@ -48,7 +80,7 @@ void Journal::add(std::int64_t position, const Place& place) {
   each_bytes_.push_back(0);
   weigh(checkpoints_.size() - 1);
   if (checkpoints_.size() > 1) weigh(checkpoints_.size() - 2);
-  while (bytes_ > budget_) {
+  while (bytes_ > budget_ || checkpoints_.size() > kMost) {
     const std::size_t gone = least_needed();
     bytes_ -= each_bytes_[gone];
     checkpoints_.erase(checkpoints_.begin() + static_cast<std::ptrdiff_t>(gone));

@@ -16,9 +16,10 @@ struct Checkpoint {
   std::int64_t tensor_bytes = 0;
 };
 
-/// Checkpoints within a budget of bytes, in order of their positions. Copies share them.
+/// Checkpoints within a budget of bytes, 512 at most, in order of their positions. Copies share
+/// them.
 ///
-/// When they exceed the budget, one goes: that whose absence leaves the smallest gap, measured
+/// When there are more, one goes: that whose absence leaves the smallest gap, measured
 /// against how far back the gap begins. So spacing grows in proportion to the distance from the
 /// present. Of an exact store each checkpoint counts what the next one does not share: what it
 /// keeps from being dropped.

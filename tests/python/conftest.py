@@ -8,6 +8,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules that tests share
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # So it is in the background of a shell without job control, and in what is started there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:

@@ -737,6 +737,17 @@ TEST_CASE("checkpoints keep within their budget, and grow rarer with distance", 
   CHECK_THROWS_AS(Session(random_model(), {.journal_bytes = -1}), Error);
 }
 
+TEST_CASE("there are never more than 512 checkpoints, however small they are", "[edits]") {
+  const OneThread one_thread;
+  Session session(random_model(), {.piece = 1});
+  session.read(noise(600));
+  CHECK(session.report().checkpoints == 512);
+  session.rollback(301);
+  Session expected(random_model(), {.piece = 1});
+  expected.read(noise(301));
+  CHECK(same_bits(session, expected));
+}
+
 TEST_CASE("large tensors in checkpoints are their own, too", "[edits]") {
   const OneThread one_thread;
   auto config = small_config();

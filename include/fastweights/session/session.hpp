@@ -56,7 +56,8 @@ struct SessionOptions {
   std::int64_t piece = 1024;
   /// Seed of the generator that `write` draws from until it is given another one.
   std::uint64_t seed = 0;
-  /// Bytes of tensors that may be kept to make going back cheap; 0: an edit replays the whole log.
+  /// Bytes of tensors that may be kept to make going back cheap, in 512 checkpoints at most; 0: an
+  /// edit replays the whole log.
   std::int64_t journal_bytes = std::int64_t{64} << 20;
   /// An exact store behind window and fast weights, which recalls what was read at any distance;
   /// none: no store. It grows with the text, up to its own budgets.
