@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import fastweights
@@ -184,6 +185,7 @@ def _completed(axes: Axes, groups: dict[str, list[Row]]) -> None:
         right = np.array([row["completed"] for row in group], dtype=float).mean(0)
         rounds = right[: len(right) // FACTS_PER_SET * FACTS_PER_SET].reshape(-1, FACTS_PER_SET)
         axes.plot(1 + np.arange(len(rounds)), rounds.mean(1), color=colour, marker="o", ms=3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("round: each fact is begun once")
 
 
