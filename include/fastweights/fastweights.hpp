@@ -20,6 +20,7 @@
 #include "fastweights/session/nearest_neighbours.hpp"
 #include "fastweights/session/sampling.hpp"
 #include "fastweights/session/state_file.hpp"
+#include "fastweights/session/write_policy.hpp"
 #include "fastweights/version.hpp"
 
 #if __has_include(<torch/nn/module.h>)

@@ -24,6 +24,7 @@
 #include "fastweights/nn/language_model.hpp"
 #include "guarded.hpp"
 #include "named_tensors.hpp"
+#include "policy_fields.hpp"
 #include "session_calls.hpp"
 #include "store_fields.hpp"
 
@@ -42,12 +43,14 @@ at::Tensor to_tensor(const std::vector<float>& values) {
 
 std::unique_ptr<GuardedSession> make(const Model& model, std::int64_t piece, std::uint64_t seed,
                                      std::int64_t journal_bytes,
-                                     const std::optional<StoreFields>& store) {
+                                     const std::optional<StoreFields>& store,
+                                     const PolicyFields& policy) {
   return std::make_unique<GuardedSession>("session",
                                           Session(model, {.piece = piece,
                                                           .seed = seed,
                                                           .journal_bytes = journal_bytes,
-                                                          .store = to_store_options(store)}));
+                                                          .store = to_store_options(store),
+                                                          .policy = to_policy(policy)}));
 }
 
 std::unique_ptr<GuardedSession> load(const Path& path, const Model& model) {
@@ -126,6 +129,10 @@ void feedback(GuardedSession& self, const Point& from, const std::optional<Point
   });
 }
 
+void reward(GuardedSession& self, float r, double half_life, const py::object& progress) {
+  self.use([&](Session& session) { session.reward(r, half_life, progress_of(progress)); });
+}
+
 void correct(GuardedSession& self, const Point& since, const py::bytes& better, float r,
              const py::object& progress) {
   const std::string_view view(better);
@@ -173,6 +180,7 @@ py::dict report(GuardedSession& self) {
   out["log_bytes"] = report.log_bytes;
   out["marks"] = report.marks;
   out["limited_writes"] = report.limited_writes;
+  out["capped_norms"] = report.capped_norms;
   out["store_tokens"] = report.store_tokens;
   out["store_bytes"] = report.store_bytes;
   return out;
@@ -182,15 +190,16 @@ py::dict report(GuardedSession& self) {
 std::unique_ptr<GuardedSession> replayed(GuardedSession& self, const Model& model,
                                          std::int64_t piece, std::int64_t journal_bytes,
                                          const std::optional<StoreFields>& store,
-                                         const py::object& progress) {
+                                         const PolicyFields& policy, const py::object& progress) {
   const SessionLog log = self.use([](Session& session) { return session.log(); });
   const py::gil_scoped_release no_gil;
-  return std::make_unique<GuardedSession>(
-      "session",
-      Session::from_log(
-          model, log,
-          {.piece = piece, .journal_bytes = journal_bytes, .store = to_store_options(store)},
-          progress_of(progress)));
+  return std::make_unique<GuardedSession>("session",
+                                          Session::from_log(model, log,
+                                                            {.piece = piece,
+                                                             .journal_bytes = journal_bytes,
+                                                             .store = to_store_options(store),
+                                                             .policy = to_policy(policy)},
+                                                            progress_of(progress)));
 }
 
 std::unique_ptr<GuardedSession> rebase(GuardedSession& self, const Model& model,
@@ -228,7 +237,11 @@ std::unique_ptr<GuardedSession> copy(GuardedSession& self) {
 void bind_session(py::module_& module) {
   py::class_<GuardedSession>(module, "Session")
       .def(py::init(&make), py::arg("model"), py::arg("piece"), py::arg("seed"),
-           py::arg("journal_bytes"), py::arg("store"))
+           py::arg("journal_bytes"), py::arg("store"), py::arg("policy"))
+      .def("policy",
+           [](GuardedSession& self) {
+             return to_fields(self.use([](Session& s) { return s.options().policy; }));
+           })
       .def("store_options",
            [](GuardedSession& self) {
              return to_fields(self.use([](Session& s) { return s.options().store; }));
@@ -264,6 +277,7 @@ void bind_session(py::module_& module) {
       .def("rollback", &rollback, py::arg("to"), py::arg("progress"))
       .def("feedback", &feedback, py::arg("start"), py::arg("end"), py::arg("r"),
            py::arg("progress"))
+      .def("reward", &reward, py::arg("r"), py::arg("half_life"), py::arg("progress"))
       .def("correct", &correct, py::arg("since"), py::arg("better"), py::arg("r"),
            py::arg("progress"))
       .def("revoke", &revoke, py::arg("start"), py::arg("end"), py::arg("progress"))
@@ -272,7 +286,7 @@ void bind_session(py::module_& module) {
       .def("strengths", &strengths)
       .def("report", &report)
       .def("replayed", &replayed, py::arg("model"), py::arg("piece"), py::arg("journal_bytes"),
-           py::arg("store"), py::arg("progress"))
+           py::arg("store"), py::arg("policy"), py::arg("progress"))
       .def(
           "save",
           [](GuardedSession& self, const Path& path) {

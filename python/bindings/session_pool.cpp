@@ -15,6 +15,7 @@
 
 #include "bindings.hpp"
 #include "fastweights/nn/language_model.hpp"
+#include "policy_fields.hpp"
 #include "session_calls.hpp"
 #include "store_fields.hpp"
 
@@ -29,7 +30,7 @@ std::unique_ptr<SessionPool> make(const Model& model, std::int64_t memory_bytes,
                                   std::int64_t piece, std::uint64_t seed,
                                   std::int64_t journal_bytes,
                                   const std::optional<StoreFields>& store,
-                                  std::int64_t most_per_batch) {
+                                  const PolicyFields& policy, std::int64_t most_per_batch) {
   const auto poll = [] {
     const py::gil_scoped_acquire gil;
     check_signals();
@@ -40,7 +41,8 @@ std::unique_ptr<SessionPool> make(const Model& model, std::int64_t memory_bytes,
                                 .session = {.piece = piece,
                                             .seed = seed,
                                             .journal_bytes = journal_bytes,
-                                            .store = to_store_options(store)},
+                                            .store = to_store_options(store),
+                                            .policy = to_policy(policy)},
                                 .most_per_batch = most_per_batch,
                                 .poll = poll});
 }
@@ -119,7 +121,7 @@ void bind_session_pool(py::module_& module) {
   py::class_<SessionPool>(module, "SessionPool")
       .def(py::init(&make), py::arg("model"), py::arg("memory_bytes"), py::arg("folder"),
            py::arg("piece"), py::arg("seed"), py::arg("journal_bytes"), py::arg("store"),
-           py::arg("most_per_batch"))
+           py::arg("policy"), py::arg("most_per_batch"))
       .def("create", &SessionPool::create, py::arg("name"), py::arg("seed"), no_gil)
       .def("add", &add, py::arg("name"), py::arg("session"))
       .def("load", &SessionPool::load, py::arg("name"), py::arg("path"), no_gil)

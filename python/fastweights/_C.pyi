@@ -73,6 +73,7 @@ class ExactStore:
     ) -> ExactStore: ...
     def copy(self) -> ExactStore: ...
 
+_PolicyFields = tuple[float, tuple[float, float, float, float] | None, float, float]
 _Trial = tuple[float, float, float, float, float]
 
 class Session:
@@ -83,8 +84,10 @@ class Session:
         seed: int,
         journal_bytes: int,
         store: _StoreFields | None,
+        policy: _PolicyFields,
     ) -> None: ...
     def store_options(self) -> _StoreFields | None: ...
+    def policy(self) -> _PolicyFields: ...
     @staticmethod
     def load(path: str | os.PathLike[str], model: LanguageModel) -> Session: ...
     def read(self, text: bytes, progress: Callable[[int, int], bool | None] | None) -> None: ...
@@ -124,6 +127,9 @@ class Session:
         r: float,
         progress: Callable[[int, int], bool | None] | None,
     ) -> None: ...
+    def reward(
+        self, r: float, half_life: float, progress: Callable[[int, int], bool | None] | None
+    ) -> None: ...
     def correct(
         self,
         since: tuple[bool, int],
@@ -159,6 +165,7 @@ class Session:
         piece: int,
         journal_bytes: int,
         store: _StoreFields | None,
+        policy: _PolicyFields,
         progress: Callable[[int, int], bool | None] | None,
     ) -> Session: ...
     def copy(self) -> Session: ...
@@ -202,6 +209,7 @@ class SessionPool:
         seed: int,
         journal_bytes: int,
         store: _StoreFields | None,
+        policy: _PolicyFields,
         most_per_batch: int,
     ) -> None: ...
     def create(self, name: str, seed: int | None) -> None: ...

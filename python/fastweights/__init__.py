@@ -36,6 +36,7 @@ from .judging import (
 )
 from .session import Consolidation, ConsolidationTrial, Session
 from .session_pool import SessionPool
+from .write_policy import SurpriseGate, WritePolicy
 
 __version__ = VERSION
 
@@ -55,6 +56,8 @@ __all__ = [
     "SessionPool",
     "ShapeError",
     "StateMismatch",
+    "SurpriseGate",
+    "WritePolicy",
     "errors",
     "fact_judge",
     "fla",

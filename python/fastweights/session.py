@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _C, nn
 from .errors import Error
 from .exact_store import ExactStoreOptions
+from .write_policy import AS_TRAINED, SurpriseGate, WritePolicy
 
 Text = str | bytes | bytearray | memoryview
 Progress = Callable[[int, int], bool | None]
@@ -47,6 +48,7 @@ class SessionReport(NamedTuple):
     log_bytes: int  # of tokens, calls and strengths; copies share them too
     marks: int  # that are valid
     limited_writes: int  # β that feedback would have raised beyond 2, in the session's present text
+    capped_norms: int  # matrices that the write policy's caps scaled down, in the present text
     store_tokens: int  # that the exact store was given; 0 without one
     store_bytes: int  # of what it keeps, whether copies share it or not
 
@@ -106,6 +108,7 @@ class Session:
         seed: int = 0,
         journal_bytes: int = 64 << 20,
         store: bool | ExactStoreOptions = False,
+        policy: WritePolicy = AS_TRAINED,
     ) -> None:
         """An empty session.
 
@@ -118,17 +121,23 @@ class Session:
             journal_bytes: bytes of tensors that may be kept to make going back cheap; with 0 an
                 edit replays the whole log.
             store: whether there is an exact store, or its options.
+            policy: what is done to its writes beyond what the model was trained to do.
 
         Raises:
             Error: the model's vocabulary is not that of bytes, a module was replaced or has hooks,
                 or an option is out of range.
         """
         self._session = _C.Session(
-            _native(model), piece, _checked_seed(seed), journal_bytes, _store(store)
+            _native(model), piece, _checked_seed(seed), journal_bytes, _store(store), policy
         )
 
     def read(self, text: Text, progress: Progress | None = None) -> None:
-        """Reads a text of any length and learns from it."""
+        """Reads a text of any length and learns from it.
+
+        Raises:
+            Error: the model's numbers are not finite any more after a piece; then that piece was
+                not read.
+        """
         self._session.read(_to_bytes(text), progress)
 
     def read_and_score(self, text: Text, progress: Progress | None = None) -> Tensor:
@@ -256,6 +265,20 @@ class Session:
                 raise Error(f"session: the end of feedback must be a mark or a position, got {end}")
             self._session.feedback(_point(start), _point(end), r, progress)
 
+    def reward(
+        self, r: float, *, half_life: float = 64.0, progress: Progress | None = None
+    ) -> None:
+        """Feedback that fades with distance: an eligibility trace times a reward.
+
+        The last byte gets the strength 1 + r, one that lies `half_life` bytes further back 1 + r/2,
+        and so on, in steps of 1/64; those that would get 1 keep the strength they have. Like
+        `feedback` it sets.
+
+        Raises:
+            Error: r is not in [−1, 1], or the half-life is not above 0.
+        """
+        self._session.reward(r, half_life, progress)
+
     def correct(
         self, since: Mark | int, better: Text, r: float = 0.0, progress: Progress | None = None
     ) -> None:
@@ -371,6 +394,7 @@ class Session:
         piece: int = 1024,
         journal_bytes: int = 64 << 20,
         store: bool | ExactStoreOptions = False,
+        policy: WritePolicy = AS_TRAINED,
         progress: Progress | None = None,
     ) -> "Session":
         """The session that has this one's log, on any model: all of it is replayed.
@@ -379,7 +403,9 @@ class Session:
             Error: the log's beginning was committed.
         """
         return self._of(
-            self._session.replayed(_native(model), piece, journal_bytes, _store(store), progress)
+            self._session.replayed(
+                _native(model), piece, journal_bytes, _store(store), policy, progress
+            )
         )
 
     def logits(self) -> Tensor:
@@ -409,6 +435,13 @@ class Session:
         """The options of the exact store; None where there is none."""
         fields = self._session.store_options()
         return None if fields is None else ExactStoreOptions(*fields)
+
+    @property
+    def policy(self) -> WritePolicy:
+        """What is done to its writes beyond what the model was trained to do."""
+        strength, gate, memory_norm_cap, head_norm_cap = self._session.policy()
+        surprise = None if gate is None else SurpriseGate(*gate)
+        return WritePolicy(strength, surprise, memory_norm_cap, head_norm_cap)
 
     @property
     def fused(self) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 from . import _C, nn
 from .exact_store import ExactStoreOptions
 from .session import Progress, Session, Text, _checked_seed, _native, _store, _to_bytes, _write
+from .write_policy import AS_TRAINED, WritePolicy
 
 Result = TypeVar("Result")
 
@@ -57,6 +58,7 @@ class SessionPool:
         seed: int = 0,
         journal_bytes: int = 64 << 20,
         store: bool | ExactStoreOptions = False,
+        policy: WritePolicy = AS_TRAINED,
         most_per_batch: int = 64,
     ) -> None:
         """A pool without sessions.
@@ -71,6 +73,7 @@ class SessionPool:
             seed: see `Session`.
             journal_bytes: see `Session`; counted in `memory_bytes` as far as it is used.
             store: see `Session`; counted in `memory_bytes` too.
+            policy: see `Session`.
             most_per_batch: sessions whose next tokens are decoded together.
 
         Raises:
@@ -86,6 +89,7 @@ class SessionPool:
             _checked_seed(seed),
             journal_bytes,
             _store(store),
+            policy,
             most_per_batch,
         )
 

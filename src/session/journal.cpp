@@ -66,7 +66,7 @@ Place in_own_pages(const Place& place) {
   at::Tensor logits = std::move(tensors.back().second);
   tensors.pop_back();
   return {nn::LanguageModelState::from_tensors(tensors), std::move(logits), place.limited_writes,
-          place.recollection};
+          place.recollection, place.capped_norms};
 }
 
 }  // namespace

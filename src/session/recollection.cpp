@@ -84,8 +84,8 @@ at::Tensor Recollection::read(std::span<const std::int64_t> tokens, const at::Te
 }
 
 at::Tensor Recollection::write(std::int64_t token, const at::Tensor& hidden,
-                               const at::Tensor& logits) {
-  store_.append(token, recall_, span_of(logits_));
+                               const at::Tensor& logits, float strength) {
+  store_.append(token, recall_, span_of(logits_), strength);
   move_to(on_host(hidden), on_host(logits));
   at::Tensor out = at::empty_like(logits_);
   mix_into(out.mutable_data_ptr<float>());

@@ -28,7 +28,11 @@ class Recollection {
                   const at::Tensor& logits, std::span<const float> strengths);
 
   /// The same with one token: hidden [width], logits [vocabulary]; returns [vocabulary].
-  at::Tensor write(std::int64_t token, const at::Tensor& hidden, const at::Tensor& logits);
+  at::Tensor write(std::int64_t token, const at::Tensor& hidden, const at::Tensor& logits,
+                   float strength);
+
+  /// What the model says at this place: fp32 [vocabulary] on the CPU.
+  const at::Tensor& logits() const { return logits_; }
 
   const ExactStore& store() const { return store_; }
 

@@ -2,6 +2,8 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
@@ -31,28 +33,99 @@ nn::ForwardOptions options_for(std::span<const float> strengths, at::Device devi
   return options;
 }
 
+void check_finite(const at::Tensor& logits, const nn::LanguageModelState& state) {
+  const auto finite = [](const at::Tensor& tensor) {
+    return !tensor.is_floating_point() || std::isfinite(tensor.sum(at::kDouble).item<double>());
+  };
+  if (!finite(logits)) {
+    throw Error("session: the model's prediction is not finite any more; the piece was not read");
+  }
+  for (const auto& [name, tensor] : state.tensors()) {
+    if (finite(tensor)) continue;
+    throw Error("session: " + name + " is not finite any more; the piece was not read");
+  }
+}
+
+/// Scales each matrix of [B, heads, K, V] or [B, K, V] down to a norm; returns how many it scaled.
+std::int64_t cap_norm(at::Tensor& state, double cap) {
+  if (cap <= 0.0 || !state.defined()) return 0;
+  const at::Tensor norms = at::linalg_matrix_norm(state, "fro", {-2, -1}, /*keepdim=*/true);
+  const auto larger = (norms > cap).sum().item<std::int64_t>();
+  if (larger > 0) state = state * (cap / norms).clamp_max(1.0);
+  return larger;
+}
+
 }  // namespace
 
 at::Tensor to_tensor(std::span<const std::int64_t> values) {
   return at::tensor(at::IntArrayRef(values.data(), values.size()), at::kLong);
 }
 
-at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const float> strengths) {
+at::Tensor bits_of(std::span<const std::int64_t> tokens, const at::Tensor& before,
+                   const at::Tensor& rows) {
+  const at::Tensor ahead = at::cat(
+      {before.unsqueeze(0), rows.slice(0, 0, static_cast<std::int64_t>(tokens.size()) - 1)});
+  const at::Tensor ids = to_tensor(tokens).to(rows.device()).unsqueeze(1);
+  return at::log_softmax(ahead, 1).gather(1, ids).squeeze(1).mul(-1.0 / std::log(2.0)).cpu();
+}
+
+/// What the model predicts at this place, without the exact store.
+at::Tensor Replay::predictions() const {
+  return place_.recollection ? place_.recollection->logits().to(device_of(model_)) : place_.logits;
+}
+
+/// The strengths of tokens to be read under the policy; none where all are 1.
+std::vector<float> Replay::policy_strengths(std::span<const std::int64_t> tokens,
+                                            std::span<const float> strengths) const {
+  std::vector<float> own(strengths.begin(), strengths.end());
+  if (!policy_.changes_strengths()) return own;
+  if (own.empty()) own.resize(tokens.size(), 1.0F);
+  std::vector<float> bits(tokens.size());
+  if (policy_.surprise) {
+    std::vector<float> ungated = own;
+    const WritePolicy without{.strength = policy_.strength};
+    for (float& each : ungated) each = strength_under(without, each, 0.0);
+    const at::Device device = device_of(model_);
+    const at::Tensor input = to_tensor(tokens).unsqueeze(0).to(device);
+    const auto rows =
+        model_.forward(input, place_.state, options_for(ungated, device)).logits.squeeze(0);
+    const at::Tensor costs = bits_of(tokens, predictions(), rows.to(at::kFloat));
+    std::copy_n(costs.const_data_ptr<float>(), bits.size(), bits.begin());
+  }
+  for (std::size_t t = 0; t < own.size(); ++t) own[t] = strength_under(policy_, own[t], bits[t]);
+  return own;
+}
+
+/// The strength of a token that is written.
+float Replay::policy_strength(std::int64_t token) const {
+  if (!policy_.changes_strengths()) return 1.0F;
+  double bits = 0.0;
+  if (policy_.surprise) {
+    const at::Tensor before = predictions();
+    bits = bits_of({&token, 1}, before, before.unsqueeze(0)).item<float>();
+  }
+  return strength_under(policy_, 1.0F, bits);
+}
+
+at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const float> given) {
   const at::Device device = device_of(model_);
+  const std::vector<float> strengths = policy_strengths(tokens, given);
   nn::ForwardOptions options = options_for(strengths, device);
   at::Tensor hidden;
   if (place_.recollection) options.hidden = &hidden;
   const at::Tensor input = to_tensor(tokens).unsqueeze(0).to(device);
   auto [logits, state] = model_.forward(input, place_.state, options);
   at::Tensor rows = logits.squeeze(0).to(at::kFloat);
+  check_finite(rows[-1], state);
   const std::int64_t limited =
       options.limited_writes.defined() ? options.limited_writes.item<std::int64_t>() : 0;
   if (place_.recollection) {
     rows = own(place_.recollection).read(tokens, hidden.squeeze(0), rows, strengths);
   }
   place_ = {std::move(state), rows[-1].clone(), place_.limited_writes + limited,
-            std::move(place_.recollection)};
+            std::move(place_.recollection), place_.capped_norms};
   own_ = false;  // a branch that is switched off passes its tensors on
+  cap_norms();
   return rows;
 }
 
@@ -71,15 +144,24 @@ void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const Writ
     steps.push_back({.token = token,
                      .state = &place.state,
                      .logits = &place.logits,
+                     .strength = replay->policy_strength(token),
                      .hidden = place.recollection ? &hidden[steps.size()] : nullptr});
   }
-  if (const auto decoder = Decoder::of(model)) {
-    decoder->step(model, steps);
-  } else {
-    for (std::size_t i = 0; i < steps.size(); ++i) tokens[i].replay->step_by_modules(steps[i]);
+  const auto decoder = Decoder::of(model);
+  std::vector<DecoderStep> fused;
+  fused.reserve(steps.size());
+  for (std::size_t i = 0; i < steps.size(); ++i) {
+    // The kernels limit a β without counting it.
+    if (decoder && steps[i].strength <= 1.0F) {
+      fused.push_back(steps[i]);
+    } else {
+      tokens[i].replay->step_by_modules(steps[i]);
+    }
   }
+  if (!fused.empty()) decoder->step(model, fused);
   for (std::size_t i = 0; i < tokens.size(); ++i) {
-    tokens[i].replay->recollect(tokens[i].token, hidden[i]);
+    tokens[i].replay->recollect(tokens[i].token, hidden[i], steps[i].strength);
+    tokens[i].replay->cap_norms();
   }
 }
 
@@ -90,18 +172,34 @@ void Replay::own_state() {
 
 void Replay::step_by_modules(const DecoderStep& step) {
   const at::Tensor input = to_tensor(std::span(&step.token, 1)).unsqueeze(0).to(device_of(model_));
-  auto [logits, state] =
-      model_.forward(input, *step.state, {.in_place = true, .hidden = step.hidden});
+  nn::ForwardOptions options;
+  if (step.strength != 1.0F) options = options_for({&step.strength, 1}, device_of(model_));
+  options.in_place = true;
+  options.hidden = step.hidden;
+  auto [logits, state] = model_.forward(input, *step.state, options);
+  if (options.limited_writes.defined()) {
+    place_.limited_writes += options.limited_writes.item<std::int64_t>();
+  }
   *step.state = std::move(state);
   if (step.hidden != nullptr) *step.hidden = step.hidden->flatten();
   *step.logits = logits.flatten().to(at::kFloat, false, /*copy=*/true);
 }
 
 /// Mixes the exact store, where there is one, into the model's logits after a token.
-void Replay::recollect(std::int64_t token, const at::Tensor& hidden) {
+void Replay::recollect(std::int64_t token, const at::Tensor& hidden, float strength) {
   if (!place_.recollection) return;
-  place_.logits =
-      own(place_.recollection).write(token, hidden, place_.logits).to(place_.logits.device());
+  place_.logits = own(place_.recollection)
+                      .write(token, hidden, place_.logits, strength)
+                      .to(place_.logits.device());
+}
+
+/// Scales down what exceeds the policy's caps.
+void Replay::cap_norms() {
+  if (!policy_.caps_norms()) return;
+  for (auto& block : place_.state.blocks) {
+    place_.capped_norms += cap_norm(block.memory.state, policy_.memory_norm_cap);
+  }
+  place_.capped_norms += cap_norm(place_.state.head.state, policy_.head_norm_cap);
 }
 
 void Replay::run(const SessionLog& log, std::int64_t begin, std::int64_t piece, Journal& journal,

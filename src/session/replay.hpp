@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "fastweights/session/log.hpp"
 #include "fastweights/session/session.hpp"
@@ -25,13 +26,15 @@ struct WrittenToken {
 /// To be used in inference mode.
 class Replay {
  public:
-  Replay(const nn::LanguageModelImpl& model, Place place)
-      : model_(model), place_(std::move(place)) {}
+  /// `model` and `policy` must outlive it.
+  Replay(const nn::LanguageModelImpl& model, const WritePolicy& policy, Place place)
+      : model_(model), policy_(policy), place_(std::move(place)) {}
 
   const Place& place() const { return place_; }
 
   /// Reads tokens at once, with their strengths or none where all are 1; returns the logits after
-  /// each of them, fp32 [T, vocabulary].
+  /// each of them, fp32 [T, vocabulary]. Throws Error, and stays where it is, if what the model
+  /// computes is not finite.
   at::Tensor read(std::span<const std::int64_t> tokens, std::span<const float> strengths = {});
 
   /// Reads one token as `Session::write` does.
@@ -52,12 +55,23 @@ class Replay {
  private:
   void own_state();
   void step_by_modules(const DecoderStep& step);
-  void recollect(std::int64_t token, const at::Tensor& hidden);
+  void recollect(std::int64_t token, const at::Tensor& hidden, float strength);
+  at::Tensor predictions() const;
+  std::vector<float> policy_strengths(std::span<const std::int64_t> tokens,
+                                      std::span<const float> strengths) const;
+  float policy_strength(std::int64_t token) const;
+  void cap_norms();
 
   const nn::LanguageModelImpl& model_;
+  const WritePolicy& policy_;
   Place place_;
   bool own_ = false;  // nobody else has the tensors of `place_`
 };
+
+/// −log2 p of each token, fp32 [T] on the CPU: the first under the logits `before` it
+/// [vocabulary], the others under `rows` [T, vocabulary], which are the logits after each token.
+at::Tensor bits_of(std::span<const std::int64_t> tokens, const at::Tensor& before,
+                   const at::Tensor& rows);
 
 /// A tensor of values on the CPU.
 at::Tensor to_tensor(std::span<const std::int64_t> values);

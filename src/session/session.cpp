@@ -30,6 +30,7 @@ namespace fastweights {
 namespace {
 
 using Model = std::shared_ptr<const nn::LanguageModelImpl>;
+using detail::bits_of;
 using detail::Checkpoint;
 using detail::Place;
 using detail::Recollection;
@@ -61,16 +62,6 @@ Place fresh_place(const nn::LanguageModelImpl& model,
   Place place{model.initial_state(1), at::zeros({model.config().vocabulary_size}, options)};
   if (store) place.recollection = std::make_shared<Recollection>(*store, model);
   return place;
-}
-
-/// −log2 p of each token: the first under the logits `before` it, the others under `rows`, which
-/// are the logits after each token.
-at::Tensor bits_of(std::span<const std::int64_t> tokens, const at::Tensor& before,
-                   const at::Tensor& rows) {
-  const at::Tensor ahead = at::cat(
-      {before.unsqueeze(0), rows.slice(0, 0, static_cast<std::int64_t>(tokens.size()) - 1)});
-  const at::Tensor ids = to_tensor(tokens).to(rows.device()).unsqueeze(1);
-  return at::log_softmax(ahead, 1).gather(1, ids).squeeze(1).mul(-1.0 / std::log(2.0)).cpu();
 }
 
 void append(std::vector<float>& out, const at::Tensor& values) {
@@ -140,6 +131,9 @@ constexpr const char* kContentPrefix = "content.";
 
 std::string checkpoint_prefix(std::size_t i) { return "checkpoints." + std::to_string(i) + "."; }
 
+/// Name of what a place keeps of its write policy's work, where that has caps.
+constexpr const char* kCappedNorms = "policy.capped_norms";
+
 NamedTensors tensors_of(const Place& place) {
   NamedTensors tensors = place.state.tensors();
   tensors.emplace_back("logits", place.logits);
@@ -168,9 +162,13 @@ void store(std::vector<StoredTensor> tensors, const std::string& prefix,
 }
 
 /// Adds views of a place's tensors to `out`; of an exact store what is the place's own.
-void store_place(const Place& place, const std::string& prefix, std::vector<io::TensorData>& out,
-                 Kept& kept) {
-  for (const auto& [name, tensor] : tensors_of(place)) {
+void store_place(const Place& place, const WritePolicy& policy, const std::string& prefix,
+                 std::vector<io::TensorData>& out, Kept& kept) {
+  NamedTensors tensors = tensors_of(place);
+  if (policy.caps_norms()) {
+    tensors.emplace_back(kCappedNorms, to_tensor({&place.capped_norms, 1}));
+  }
+  for (const auto& [name, tensor] : tensors) {
     kept.tensors.push_back(tensor.cpu().contiguous());
     out.push_back(stored(prefix + name, kept.tensors.back()));
   }
@@ -203,7 +201,7 @@ std::optional<ExactStore> restored_content(const nn::LanguageModelConfig& config
 }
 
 /// The place with that prefix, all of whose tensors are like those of `like`.
-Place restored_place(const Place& like, const std::string& prefix,
+Place restored_place(const Place& like, const WritePolicy& policy, const std::string& prefix,
                      std::span<const io::TensorData> tensors, std::int64_t position,
                      std::int64_t limited_writes) {
   NamedTensors own = tensors_of(like);
@@ -213,6 +211,10 @@ Place restored_place(const Place& like, const std::string& prefix,
   own.pop_back();
   place.state = nn::LanguageModelState::from_tensors(own);
   place.limited_writes = limited_writes;
+  if (policy.caps_norms()) {
+    const at::Tensor count = restored(prefix + kCappedNorms, at::zeros({1}, at::kLong), tensors);
+    place.capped_norms = count.item<std::int64_t>();
+  }
   if (place.state.position.item<std::int64_t>() != position) {
     throw FileError("state file: malformed: its tensors do not belong to its log");
   }
@@ -237,6 +239,7 @@ Session::Session(Model model, const SessionOptions& options)
     throw Error("session: journal_bytes must be at least 0, got " +
                 std::to_string(options.journal_bytes));
   }
+  check_write_policy(options.policy);
 }
 
 bool Session::fused() const { return detail::Decoder::of(*model_) != nullptr; }
@@ -249,7 +252,7 @@ Place Session::base_place() const { return base_ ? *base_ : fresh_place(*model_,
 
 void Session::read_piece(std::span<const std::int64_t> tokens, bool first,
                          const AfterPiece& after) {
-  Replay replay(*model_, place_);
+  Replay replay(*model_, options_.policy, place_);
   const at::Tensor rows = replay.read(tokens);
   if (first) {
     log_.start_call(CallKind::kRead, tokens);
@@ -290,7 +293,7 @@ double Session::score(std::string_view text, const Progress& progress) const {
 
 std::vector<float> Session::token_bits(std::string_view text, const Progress& progress) const {
   const c10::InferenceMode guard;
-  Replay replay(*model_, place_);
+  Replay replay(*model_, options_.policy, place_);
   std::vector<float> bits;
   bits.reserve(text.size());
   for_each_piece(text, options_.piece, progress, [&](const Tokens& tokens, bool) {
@@ -357,7 +360,7 @@ void Session::edit(SessionLog log, MarkTable marks, std::int64_t unchanged,
     });
     const Checkpoint* start = journal->last();
     const std::int64_t begin = start ? start->position : log.start();
-    Replay replay(*model_, start ? start->place : base_place());
+    Replay replay(*model_, options_.policy, start ? start->place : base_place());
     replay.run(log, begin, options_.piece, *journal, progress);
     place_ = replay.place();
     journal_ = std::move(journal);
@@ -390,6 +393,33 @@ void Session::feedback(TextPoint from, TextPoint to, float r, const Progress& pr
   SessionLog log = log_;
   const std::int64_t changed = log.set_strength(begin, end, r);
   edit(std::move(log), marks_, changed == end ? position() : changed, progress);
+}
+
+void Session::reward(float r, double half_life, const Progress& progress) {
+  if (!(r >= -1.0F && r <= 1.0F)) {
+    throw Error("session: a reward must be in [-1, 1], got " + std::to_string(r));
+  }
+  if (!(half_life > 0.0)) {
+    throw Error("session: the half-life of a reward must be above 0, got " +
+                std::to_string(half_life));
+  }
+  constexpr double kSteps = 64.0;
+  const auto step_at = [&](std::int64_t back) {
+    return std::round(kSteps * r * std::exp2(-static_cast<double>(back) / half_life));
+  };
+  SessionLog log = log_;
+  std::int64_t unchanged = log.end();
+  for (std::int64_t end = log.end(); end > log.start();) {
+    const double step = step_at(log.end() - end);
+    if (step == 0.0) break;
+    std::int64_t begin = end - 1;
+    while (begin > log.start() && step_at(log.end() - begin) == step) --begin;
+    const auto strength = static_cast<float>(1.0 + step / kSteps);
+    const std::int64_t changed = log.set_strength(begin, end, strength);
+    if (changed != end) unchanged = changed;
+    end = begin;
+  }
+  edit(std::move(log), marks_, unchanged, progress);
 }
 
 void Session::correct(TextPoint since, std::string_view better, float r, const Progress& progress) {
@@ -447,6 +477,7 @@ SessionReport Session::report() const {
           .log_bytes = static_cast<std::int64_t>(log_.bytes()),
           .marks = std::ssize(marks()),
           .limited_writes = place_.limited_writes,
+          .capped_norms = place_.capped_norms,
           .store_tokens = place_.recollection ? place_.recollection->store().size() : 0,
           .store_bytes = place_.recollection ? place_.recollection->store().bytes() : 0};
 }
@@ -492,14 +523,15 @@ void Session::save(const std::filesystem::path& path) const {
                  .journal_bytes = options_.journal_bytes,
                  .limited_writes = place_.limited_writes,
                  .base_limited_writes = base_ ? base_->limited_writes : 0,
+                 .policy = options_.policy,
                  .log = log_,
                  .marks = {marks_.entries().begin(), marks_.entries().end()},
                  .checkpoints = {},
                  .tensors = {}};
   Kept kept;
-  store_place(place_, "", file.tensors, kept);
+  store_place(place_, options_.policy, "", file.tensors, kept);
   if (base_) {
-    store_place(*base_, kBasePrefix, file.tensors, kept);
+    store_place(*base_, options_.policy, kBasePrefix, file.tensors, kept);
     store_content(*base_, {}, kBasePrefix, file.tensors, kept);
   }
   std::span<const std::shared_ptr<const Checkpoint>> checkpoints = journal_->checkpoints();
@@ -508,7 +540,7 @@ void Session::save(const std::filesystem::path& path) const {
     const std::string prefix = checkpoint_prefix(file.checkpoints.size());
     file.checkpoints.push_back({checkpoint->position, checkpoint->place.limited_writes});
     if (checkpoint->position == position()) continue;  // its tensors are the session's own
-    store_place(checkpoint->place, prefix, file.tensors, kept);
+    store_place(checkpoint->place, options_.policy, prefix, file.tensors, kept);
   }
   write_state_file(path, file);
 }
@@ -522,7 +554,7 @@ void Session::restore(const StateFile& file) {
   const std::size_t places = 1 + (base ? 1 : 0) + file.checkpoints.size() -
                              std::ranges::count_if(file.checkpoints, is_present);
   const auto content = restored_content(model_->config(), "", file.tensors);
-  std::size_t each = tensors_of(place_).size();
+  std::size_t each = tensors_of(place_).size() + (options_.policy.caps_norms() ? 1 : 0);
   std::size_t expected = 0;
   if (content) {
     options_.store = content->options();
@@ -538,7 +570,8 @@ void Session::restore(const StateFile& file) {
   }
   const auto restored = [&](const std::string& prefix, std::int64_t position,
                             std::int64_t limited_writes, const std::optional<ExactStore>& stored) {
-    Place place = restored_place(place_, prefix, file.tensors, position, limited_writes);
+    Place place =
+        restored_place(place_, options_.policy, prefix, file.tensors, position, limited_writes);
     if (!stored) return place;
     place.recollection = std::make_shared<Recollection>(
         Recollection::from_tensors(*stored, *model_, detail::with_prefix(prefix, file.tensors)));
@@ -572,7 +605,8 @@ Session Session::load(const std::filesystem::path& path, Model model) {
     const StateFile file = parse_state_file(mapped.bytes());
     Session session(std::move(model), {.piece = file.piece,
                                        .seed = file.log.base().generator.seed,
-                                       .journal_bytes = file.journal_bytes});
+                                       .journal_bytes = file.journal_bytes,
+                                       .policy = file.policy});
     const std::string fingerprint = detail::model_fingerprint(*session.model_);
     if (file.model != fingerprint) {
       throw StateMismatch("the state belongs to another model: its fingerprint is " + file.model +

@@ -36,7 +36,7 @@ std::int64_t bytes_of(const Place& place) {
 
 Writing::Writing(const Session& session, const WriteOptions& options)
     : options_(checked(options)),
-      replay_(*session.model_, session.place_),
+      replay_(*session.model_, session.options_.policy, session.place_),
       generator_(options.seed ? Generator{.seed = *options.seed} : session.generator_),
       journal_(*session.journal_),
       begin_(session.position()) {}

@@ -42,7 +42,8 @@ constexpr Table kCalls{"log.calls", 4};
 constexpr Table kStrengths{"log.strengths", 3};
 constexpr Table kMarks{"log.marks", 3};
 constexpr Table kCheckpoints{"log.checkpoints", 2};
-constexpr std::array<Table, 4> kTables = {kCalls, kStrengths, kMarks, kCheckpoints};
+constexpr Table kPolicy{"session.policy", 4};  // only where it is not the default
+constexpr std::array<Table, 5> kTables = {kCalls, kStrengths, kMarks, kCheckpoints, kPolicy};
 
 [[noreturn]] void refuse(const std::string& why) { throw FileError("state file: " + why); }
 
@@ -185,6 +186,43 @@ Row row_of(const StoredCheckpoint& checkpoint) {
           static_cast<std::uint64_t>(checkpoint.limited_writes)};
 }
 
+/// A row of a policy's table.
+using PolicyRow = std::array<double, 4>;
+
+Row row_of(const PolicyRow& fields) {
+  Row row{};
+  std::ranges::transform(fields, row.begin(),
+                         [](double value) { return std::bit_cast<std::uint64_t>(value); });
+  return row;
+}
+
+PolicyRow policy_row_of(const Row& row) {
+  PolicyRow fields{};
+  std::ranges::transform(row, fields.begin(),
+                         [](std::uint64_t bits) { return std::bit_cast<double>(bits); });
+  return fields;
+}
+
+std::vector<PolicyRow> rows_of(const WritePolicy& policy) {
+  if (policy == WritePolicy()) return {};
+  const SurpriseGate gate = policy.surprise.value_or(SurpriseGate());
+  return {
+      {policy.strength, policy.memory_norm_cap, policy.head_norm_cap, policy.surprise ? 1.0 : 0.0},
+      {gate.low, gate.high, gate.least, gate.most}};
+}
+
+WritePolicy policy_of(const std::vector<PolicyRow>& rows) {
+  const auto& [strength, memory_norm_cap, head_norm_cap, gated] = rows[0];
+  WritePolicy policy{.strength = static_cast<float>(strength),
+                     .memory_norm_cap = memory_norm_cap,
+                     .head_norm_cap = head_norm_cap};
+  const auto& [low, high, least, most] = rows[1];
+  if (gated != 0.0) {
+    policy.surprise = {low, high, static_cast<float>(least), static_cast<float>(most)};
+  }
+  return policy;
+}
+
 bool is_count(std::uint64_t field) { return field <= static_cast<std::uint64_t>(kMost); }
 
 LogCall call_of(const Row& row) {
@@ -287,6 +325,18 @@ SessionLog parse_log(const io::SafetensorsView& view, bool version_1) {
   });
 }
 
+WritePolicy parse_policy(const io::SafetensorsView& view) {
+  if (view.find(kPolicy.name) == nullptr) return {};
+  const std::vector<PolicyRow> rows = unpack(view, kPolicy, policy_row_of);
+  if (rows.size() != 2) refuse("malformed: a write policy has two rows");
+  WritePolicy policy = policy_of(rows);
+  or_malformed([&] {
+    check_write_policy(policy);
+    return true;
+  });
+  return policy;
+}
+
 std::vector<MarkEntry> parse_marks(const io::SafetensorsView& view, const SessionLog& log) {
   std::vector<MarkEntry> marks = unpack(view, kMarks, mark_of);
   or_malformed([&] { return MarkTable::from_entries(marks, log.start(), log.end()); });
@@ -342,15 +392,16 @@ std::vector<std::byte> seal_state_file(std::span<const std::byte> content, std::
 std::vector<std::byte> serialize_state_file(const StateFile& file) {
   const SessionLog& log = file.log;
   const std::vector<std::byte> tokens = log.packed();
-  const std::array<std::vector<std::byte>, 4> tables = {
+  const std::array<std::vector<std::byte>, 5> tables = {
       pack(kCalls, log.calls()), pack(kStrengths, log.strengths()), pack(kMarks, file.marks),
-      pack(kCheckpoints, file.checkpoints)};
+      pack(kCheckpoints, file.checkpoints), pack(kPolicy, rows_of(file.policy))};
   std::vector<io::TensorData> tensors = file.tensors;
   tensors.push_back({kLogTokens,
                      io::ScalarType::U8,
                      {log.size(), static_cast<std::int64_t>(log.bytes_per_token())},
                      tokens});
   for (std::size_t i = 0; i < kTables.size(); ++i) {
+    if (kTables[i].name == kPolicy.name && tables[i].empty()) continue;
     const auto fields = static_cast<std::int64_t>(kTables[i].fields);
     const std::int64_t rows = std::ssize(tables[i]) / (fields * 8);
     tensors.push_back({kTables[i].name, io::ScalarType::I64, {rows, fields}, tables[i]});
@@ -382,6 +433,7 @@ StateFile parse_state_file(std::span<const std::byte> bytes) {
                  .journal_bytes = count("journal_bytes", kJournalOfVersion1),
                  .limited_writes = count("limited_writes", 0),
                  .base_limited_writes = count("base_limited_writes", 0),
+                 .policy = parse_policy(view),
                  .log = parse_log(view, version_1),
                  .marks = {},
                  .checkpoints = {},

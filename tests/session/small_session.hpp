@@ -61,6 +61,13 @@ inline bool same_bits(const Session& a, const Session& b) {
   });
 }
 
+/// Models of this size run best on one thread.
+struct OneThread {
+  OneThread() { at::set_num_threads(1); }
+  ~OneThread() { at::set_num_threads(before); }
+  int before = at::get_num_threads();
+};
+
 /// While it lives, files of this process cannot grow beyond `bytes`, as on a full disk.
 class FileSizeLimit {
  public:

@@ -35,6 +35,7 @@ using fastweights::SessionLog;
 using fastweights::SessionOptions;
 using fastweights::test::Model;
 using fastweights::test::noise;
+using fastweights::test::OneThread;
 using fastweights::test::random_model;
 using fastweights::test::same_bits;
 using fastweights::test::small_config;
@@ -43,13 +44,6 @@ using fastweights::test::TemporaryFolder;
 namespace {
 
 constexpr std::int64_t kPiece = 16;
-
-/// Models of this size run best on one thread.
-struct OneThread {
-  OneThread() { at::set_num_threads(1); }
-  ~OneThread() { at::set_num_threads(before); }
-  int before = at::get_num_threads();
-};
 
 /// A model whose memories have that rule; "fast_head" has a memory at the head beside gated ones.
 Model model_of(const std::string& rule, double beta_max = 1.5) {

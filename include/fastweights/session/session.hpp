@@ -18,6 +18,7 @@
 #include "fastweights/session/log.hpp"
 #include "fastweights/session/mark.hpp"
 #include "fastweights/session/sampling.hpp"
+#include "fastweights/session/write_policy.hpp"
 
 namespace fastweights {
 
@@ -41,6 +42,7 @@ struct Place {
   at::Tensor logits;                ///< of the next token: fp32 [vocabulary]
   std::int64_t limited_writes = 0;  ///< β that were limited to the stable range up to here
   std::shared_ptr<Recollection> recollection = {};  ///< null where there is no exact store
+  std::int64_t capped_norms = 0;  ///< matrices that the write policy scaled down up to here
 };
 
 }  // namespace detail
@@ -62,6 +64,8 @@ struct SessionOptions {
   /// An exact store behind window and fast weights, which recalls what was read at any distance;
   /// none: no store. It grows with the text, up to its own budgets.
   std::optional<ExactStoreOptions> store = {};
+  /// What is done to its writes beyond what the model was trained to do.
+  WritePolicy policy = {};
 };
 
 /// A place in a session's text: a mark, or a position.
@@ -88,6 +92,9 @@ struct SessionReport {
   /// β that feedback would have raised beyond 2 and that were limited, over all layers, heads and
   /// tokens of the session's present text.
   std::int64_t limited_writes = 0;
+  /// Matrices that the write policy's caps scaled down, over all pieces and written tokens of the
+  /// present text.
+  std::int64_t capped_norms = 0;
   std::int64_t store_tokens = 0;  ///< that the exact store was given; 0 without one
   std::int64_t store_bytes = 0;   ///< of what it keeps, whether copies share it or not
 };
@@ -132,7 +139,8 @@ class Session {
   explicit Session(std::shared_ptr<const nn::LanguageModelImpl> model,
                    const SessionOptions& options = {});
 
-  /// Reads a text of any length, any bytes, and learns from it.
+  /// Reads a text of any length, any bytes, and learns from it. Throws Error if the model's numbers
+  /// are not finite any more after a piece; then that piece was not read.
   void read(std::string_view text, const Progress& progress = {});
 
   /// The same, and returns the bits that each byte cost before it was learned: −log2 p(byte).
@@ -182,6 +190,12 @@ class Session {
   /// happened. To take the text out of the window too, roll back and read.
   void correct(TextPoint since, std::string_view better, float r = 0.0F,
                const Progress& progress = {});
+
+  /// Feedback that fades with distance: an eligibility trace times a reward. The last token gets
+  /// the strength 1 + r, one that lies `half_life` tokens further back 1 + r/2, and so on, in steps
+  /// of 1/64; those that would get 1 keep the strength they have. Like `feedback` it sets. Throws
+  /// Error unless −1 ≤ r ≤ 1 and `half_life` > 0.
+  void reward(float r, double half_life = 64.0, const Progress& progress = {});
 
   /// Takes out the tokens from `from` to before `to`: afterwards the session is one that never read
   /// them, but did read what came after them, with the calls' other boundaries where they were.

@@ -16,6 +16,11 @@
 ///     layers.N.…, position, logits   the session's
 ///     base.…                         the same where its log begins, if something was committed
 ///     checkpoints.I.…                the same at checkpoint I, but not if that is the present
+///     …policy.capped_norms           I64 [1] beside each of these, of a write policy with caps
+///     session.policy                 I64 [2, 4], the bits of fp64, of a policy that is not the
+///     default:
+///                                    strength, memory_norm_cap, head_norm_cap, has a surprise
+///                                    gate; its low, high, least, most
 ///     …store.place, .matches, .mixture, .hidden, .logits   beside each of these, of an exact store
 ///     content.store.…                what the store holds, and what it dropped since a checkpoint
 ///     base.content.store.…           what it held where the log begins
@@ -42,6 +47,7 @@
 #include "fastweights/io/safetensors.hpp"
 #include "fastweights/session/log.hpp"
 #include "fastweights/session/mark.hpp"
+#include "fastweights/session/write_policy.hpp"
 
 namespace fastweights {
 
@@ -63,6 +69,7 @@ struct StateFile {
   std::int64_t journal_bytes = 0;        ///< budget of the checkpoints
   std::int64_t limited_writes = 0;       ///< see SessionReport
   std::int64_t base_limited_writes = 0;  ///< the same where the log begins
+  WritePolicy policy = {};
   SessionLog log;
   std::vector<MarkEntry> marks;
   std::vector<StoredCheckpoint> checkpoints;  ///< in order, at boundaries of the log's steps
