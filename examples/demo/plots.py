@@ -9,7 +9,7 @@ import numpy as np
 from intervals import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from report import LEARNERS, interval_text, label_of, part_label
+from report import interval_text, label_of, part_label
 
 Figures = dict[str, Any]
 COLOURS = ["#1b6ca8", "#7b4ea3", "#e08e0b", "#c8553d", "#6b6b6b", "#a8a8a8", "#5b8c5a"]
@@ -148,13 +148,12 @@ def _recall(axes: Axes, figures: Figures) -> None:
 
 def _taught(axes: Axes, figures: Figures) -> None:
     labels = ["before", "false one\nread", "feedback\n0", "corrected"]
-    lines = {"carried": ":", "store": "-"}
+    lines = {"carried": (":", "memory"), "store": ("-", "memory, store")}
     for which, colour in (("false", "#c8553d"), ("true", "#5b8c5a")):
-        for name, line in lines.items():
+        for name, (line, label) in lines.items():
             steps = figures["feedback"]["sessions"][name]["steps"].values()
             bits = [step[which]["bits_per_byte"] for step in steps]
-            label = f"{which}, {LEARNERS[name]}"
-            axes.plot(labels, bits, line, marker="o", color=colour, label=label)
+            axes.plot(labels, bits, line, marker="o", color=colour, label=f"{which}: {label}")
     axes.set(ylabel="bits per byte", title="A planted false sentence and the true one")
     axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
     axes.legend(fontsize=7, loc="upper center", ncols=2)

@@ -229,6 +229,8 @@ def feedback(figures: Figures) -> str:
     lines += [
         "",
         _wrap(
+            f"Read once, the false name cost {_fewer_bits(taught, 'carried'):.1f} bits less by the "
+            f"memory alone, {_fewer_bits(taught, 'store'):.1f} bits less with the exact store. "
             f"Before each question {taught['between_bytes']:,} bytes of the text are read on a "
             "copy, twice as many as attention can look back: what makes a sentence cheaper is in "
             f"the memory or in the store. Feedback took {times}; feedback of 1 afterwards "
@@ -236,6 +238,12 @@ def feedback(figures: Figures) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _fewer_bits(taught: Figures, learner: str) -> float:
+    steps = taught["sessions"][learner]["steps"]
+    before, after = (steps[step]["false"]["name_bits"] for step in ("before", "read"))
+    return float(before - after)
 
 
 def _two_columns(cells: Iterable[str]) -> str:
