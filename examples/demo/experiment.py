@@ -229,9 +229,8 @@ class Experiment:
 
     def correct(self) -> None:
         """A false fact is planted, taken back, restored, and put right."""
-        between = (self.text * (2 * reach(self.model) // len(self.text) + 1))[
-            : 2 * reach(self.model)
-        ]
+        size = 2 * reach(self.model)
+        between = (self.text * -(-size // len(self.text)))[:size]
         self.figures["feedback"] = {
             "false": learning.statement("false"),
             "true": learning.statement("true"),
