@@ -1,5 +1,7 @@
 """Reads a text with a session that learns while it reads, and shows what its memory gave.
 
+Then the session is corrected, taken back, resumed in another process, and made a model of.
+
 scripts/demo                 a whole play that the shipped model has not seen
 scripts/demo FILE            any file of yours
 """
@@ -10,6 +12,8 @@ import argparse
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -95,6 +99,15 @@ def read_source(arguments: argparse.Namespace) -> tuple[str, bytes]:
     return path.stem, text[: arguments.limit]
 
 
+def other_work(text: bytes) -> tuple[str, bytes]:
+    """Name and bytes of a held-out work that the text is not taken from; empty if none is there."""
+    for name in held_out_works():
+        path = PLAYS / "held_out" / f"{name}.txt"
+        if path.exists() and not (work := path.read_bytes()).startswith(text):
+            return name, work
+    return "", b""
+
+
 def run(source: Source, quiet: bool) -> dict[str, Any]:
     """The experiment, told as it goes unless `quiet`."""
     import report
@@ -104,6 +117,7 @@ def run(source: Source, quiet: bool) -> dict[str, Any]:
         if not quiet:
             print(text + "\n", flush=True)
 
+    began = time.perf_counter()
     experiment = Experiment(source, quiet)
     figures = experiment.figures
     say(report.header(figures))
@@ -114,9 +128,16 @@ def run(source: Source, quiet: bool) -> dict[str, Any]:
     experiment.measure_recall()
     say(report.recall(figures))
     say(report.cloze(figures))
+    experiment.correct()
+    say(report.feedback(figures))
+    experiment.go_back()
+    say(report.rollback(figures))
     experiment.write_and_resume()
     say(report.continuation(figures))
     say(report.resumed(figures))
+    experiment.consolidate()
+    say(report.consolidation(figures))
+    figures["seconds"] = time.perf_counter() - began
     return figures
 
 
@@ -144,7 +165,19 @@ def leave(figures: dict[str, Any], folder: Path, name: str, quiet: bool) -> None
     except OSError as error:
         fail(f"cannot write to {folder}: {error.strerror}")
     if not quiet:
-        print(f"Left {folder / name}.png and {folder / name}.json.")
+        print(
+            f"Left {folder / name}.png and {folder / name}.json after {figures['seconds']:.0f} s."
+        )
+
+
+def broken_promises(figures: dict[str, Any]) -> Iterator[str]:
+    """What should have been alike bit for bit and is not."""
+    if not (figures["resumed"]["same_bytes"] and figures["resumed"]["same_logits"]):
+        yield "the resumed session did not go on alike"
+    if not all(each["restored"] for each in figures["feedback"]["sessions"].values()):
+        yield "feedback did not restore what was learned"
+    if not all(each["same_bits"] for each in figures["rollback"]["sessions"].values()):
+        yield "rollback did not lead back to the same bits"
 
 
 def main() -> None:
@@ -158,7 +191,7 @@ def main() -> None:
     import fastweights
 
     training = [path.read_bytes() for path in sorted(arguments.training.glob("*.txt"))]
-    source = Source(arguments.model, name, text, training)
+    source = Source(arguments.model, name, text, training, *other_work(text))
     try:
         figures = provenance() | run(source, arguments.json_only)
     except fastweights.Error as error:
@@ -166,8 +199,8 @@ def main() -> None:
     leave(figures, arguments.output, name, arguments.json_only)
     if arguments.json_only:
         print(json.dumps(figures, indent=1))
-    if not (figures["resumed"]["same_bytes"] and figures["resumed"]["same_logits"]):
-        fail("the resumed session did not go on alike")
+    for broken in broken_promises(figures):
+        fail(broken)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import learning
 import numpy as np
 import recall
 import resume
@@ -25,7 +26,9 @@ from fastweights.nn import LanguageModel
 
 BLOCK_BYTES = 8192
 CLOZES = 100
-CARRIED, OFF, FRESH = "carried", "off", "fresh"
+FOREIGN_BYTES = 4096
+PROBE_BYTES = 2048
+CARRIED, STORE, OFF, FRESH = "carried", "store", "off", "fresh"
 PRIMED, UNPRIMED = "ppmd_primed", "ppmd_unprimed"
 
 
@@ -37,6 +40,8 @@ class Source:
     name: str
     text: bytes
     training: list[bytes]  # what the model was trained on, where it is at hand
+    other_name: str  # of a text of the kind that the model knows, empty if none is at hand
+    other: bytes
 
 
 class Meter:
@@ -77,7 +82,9 @@ class Experiment:
         self.ablated = window_only(source.model_path)
         self.window = self.model.config.attention_window
         self.block = max(1, BLOCK_BYTES // self.window)
-        self.session = fastweights.Session(self.model)
+        native = self.model.native()
+        self.session = fastweights.Session(native)
+        self.with_store = fastweights.Session(native, store=True)
         self.words = recall.find_words(
             self.text, recall.commonest_words(source.training or [self.text])
         )
@@ -103,7 +110,8 @@ class Experiment:
 
     def read(self) -> None:
         """Reads the text in every way."""
-        self._read_carried()
+        asked = recall.choose_clozes(self.words, self.text, CLOZES)
+        answers = {CARRIED: self._read_carried(asked), STORE: self._read_with_store(asked)}
         far = -(-recall.FAR // self.window) * self.window
         for period in sorted({self.window, far}):
             name = f"reset_{period}"
@@ -111,26 +119,41 @@ class Experiment:
                 self.readings[name] = read_reset(self.model, self.text, period, advance)
         with Meter("attention window only", len(self.text), self.quiet) as advance:
             self.readings[OFF] = read_off(self.ablated, self.text, advance)
+        self._complete(asked, answers)
 
-    def _read_carried(self) -> None:
-        asked = recall.choose_clozes(self.words, self.text, CLOZES)
-        answers: dict[int, str] = {}
-
-        def visit(position: int, session: fastweights.Session) -> None:
-            answers[position] = recall.complete(session)
-
+    def _read_carried(self, asked: list[recall.Word]) -> dict[int, str]:
         began = time.perf_counter()
         with Meter("memory carried", len(self.text), self.quiet) as advance:
-            stops = [word.begin + recall.CLUE for word in asked]
-            bits = read_carried(self.session, self.text, stops, visit, advance)
-        self.readings[CARRIED] = bits
+            answers = self._read_on(CARRIED, self.session, asked, advance)
         self.figures["reading"] = {
             "seconds": time.perf_counter() - began,
             "resident_bytes": advance.resident[:: max(1, len(advance.resident) // 50)],
-            "session_bytes": sum(tensor.nbytes for tensor in self.session.state().values()),
+            "session_bytes": _session_bytes(self.session),
             "log_bytes": self.session.position,
         }
-        self._complete(asked, answers)
+        return answers
+
+    def _read_with_store(self, asked: list[recall.Word]) -> dict[int, str]:
+        began = time.perf_counter()
+        with Meter("with an exact store", len(self.text), self.quiet) as advance:
+            answers = self._read_on(STORE, self.with_store, asked, advance)
+        self.figures["store"] = {
+            "seconds": time.perf_counter() - began,
+            "store_bytes": self.with_store.report().store_bytes,
+        }
+        return answers
+
+    def _read_on(
+        self, name: str, session: fastweights.Session, asked: list[recall.Word], advance: Meter
+    ) -> dict[int, str]:
+        answers: dict[int, str] = {}
+
+        def visit(position: int, copied: fastweights.Session) -> None:
+            answers[position] = recall.complete(copied)
+
+        stops = [word.begin + recall.CLUE for word in asked]
+        self.readings[name] = read_carried(session, self.text, stops, visit, advance)
+        return answers
 
     # ---- bits per byte -------------------------------------------------------------------------
 
@@ -178,7 +201,7 @@ class Experiment:
             "far": far.as_dict() if far else None,
         }
 
-    def _complete(self, asked: list[recall.Word], carried: dict[int, str]) -> None:
+    def _complete(self, asked: list[recall.Word], by_session: dict[str, dict[int, str]]) -> None:
         """Completes the clozes also without what the memory holds.
 
         That is by a session that has read only as many bytes as attention reaches, and by one
@@ -188,7 +211,7 @@ class Experiment:
         clozes = []
         for word in tqdm(asked, desc=f"  {'completing names':<24}", disable=self.quiet):
             position = word.begin + recall.CLUE
-            answers = {CARRIED: carried[position]}
+            answers = {name: given[position] for name, given in by_session.items()}
             for name, model in ((FRESH, native), (OFF, without)):
                 session = fastweights.Session(model)
                 session.read(self.text[max(0, position - reach(self.model)) : position])
@@ -196,9 +219,59 @@ class Experiment:
             clozes.append(recall.make_cloze(self.text, word, answers))
         self.figures["cloze"] = {
             "asked": len(clozes),
-            "right": {name: recall.count_right(clozes, name) for name in (CARRIED, FRESH, OFF)},
+            "right": {
+                name: recall.count_right(clozes, name) for name in (CARRIED, STORE, FRESH, OFF)
+            },
             "items": [cloze._asdict() for cloze in clozes],
         }
+
+    # ---- correcting, going back, making a model ------------------------------------------------
+
+    def correct(self) -> None:
+        """A false fact is planted, taken back, restored, and put right."""
+        size = 2 * reach(self.model)
+        between = (self.text * -(-size // len(self.text)))[:size]
+        self.figures["feedback"] = {
+            "false": learning.statement("false"),
+            "true": learning.statement("true"),
+            "between_bytes": len(between),
+            "sessions": {
+                name: learning.teach(session, between) for name, session in self._sessions()
+            },
+        }
+
+    def go_back(self) -> None:
+        """A page of this program is read and more is written, then the sessions roll back."""
+        foreign = Path(__file__).read_bytes()[:FOREIGN_BYTES]
+        probe = (self.source.other or self.text)[:PROBE_BYTES]
+        self.figures["rollback"] = {
+            "foreign_bytes": len(foreign),
+            "probe": self.source.other_name or self.source.name,
+            "probe_bytes": len(probe),
+            "sessions": {
+                name: learning.go_back(session, foreign, probe)
+                for name, session in self._sessions()
+            },
+        }
+
+    def consolidate(self) -> None:
+        """Makes a model of half of the text, if the next part and another text speak for it."""
+        parts = learning.divide(self.text, self.source.other)
+        if parts is None:
+            why = f"the text is shorter than {learning.LEAST_TEXT} bytes"
+            self.figures["consolidation"] = {"accepted": False, "why": why}
+            return
+        with tqdm(desc=f"  {'consolidating':<24}", unit="trial", disable=self.quiet) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            figures = learning.consolidate(self.session, self.model, parts, show)
+        self.figures["consolidation"] = figures | {"other": self.source.other_name}
+
+    def _sessions(self) -> list[tuple[str, fastweights.Session]]:
+        return [(CARRIED, self.session), (STORE, self.with_store)]
 
     # ---- writing, saving, resuming -------------------------------------------------------------
 
@@ -228,6 +301,10 @@ def shown(path: Path) -> str:
     root = Path(__file__).resolve().parents[2]
     path = path.resolve()
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+def _session_bytes(session: fastweights.Session) -> int:
+    return sum(tensor.nbytes for tensor in session.state().values())
 
 
 def _rounded(values: Array) -> list[float]:

@@ -9,21 +9,22 @@ import numpy as np
 from intervals import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from report import interval_text, label_of
+from report import interval_text, label_of, part_label
 
 Figures = dict[str, Any]
-COLOURS = ["#1b6ca8", "#e08e0b", "#c8553d", "#6b6b6b", "#a8a8a8", "#5b8c5a"]
+COLOURS = ["#1b6ca8", "#7b4ea3", "#e08e0b", "#c8553d", "#6b6b6b", "#a8a8a8", "#5b8c5a"]
 
 
 def save_plot(figures: Figures, path: Path) -> None:
-    """Bits per byte along the text, their differences, and recall by distance, as a PNG."""
-    figure = Figure(figsize=(9, 12), layout="constrained")
-    along, costs, recall = figure.subplots(3, 1, height_ratios=[3, 3, 2.5])
+    """Bits per byte along the text, their differences, recall by distance, and what was taught."""
+    figure = Figure(figsize=(9, 15.5), layout="constrained")
+    grid = figure.add_gridspec(4, 2, height_ratios=[3, 3, 2.5, 2.3])
     text = figures["text"]
     figure.suptitle(f"{text['name']}: {text['bytes']:,} bytes read with {figures['model']['path']}")
-    _along(along, figures)
-    _costs(costs, figures)
-    _recall(recall, figures)
+    for row, draw in enumerate((_along, _costs, _recall)):
+        draw(figure.add_subplot(grid[row, :]), figures)
+    _taught(figure.add_subplot(grid[3, 0]), figures)
+    _consolidated(figure.add_subplot(grid[3, 1]), figures)
     figure.savefig(path, dpi=130)
 
 
@@ -106,24 +107,28 @@ def _costs(axes: Axes, figures: Figures) -> None:
     axes.set(
         xlabel="kilobytes read",
         ylabel="bits per byte more than carried",
-        title=f"What it costs not to carry the memory (bands: {level:.0%} intervals of the mean)",
+        title="What it costs more than the carried memory "
+        f"(bands: {level:.0%} intervals of the mean)",
     )
-    axes.legend(fontsize=8)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
+    axes.legend(fontsize=8, loc="upper left")
     axes.grid(alpha=0.3)
 
 
 def _recall(axes: Axes, figures: Figures) -> None:
     rows = figures["recall"]["by_distance"]
     names = list(figures["cost"])
+    width = 0.84 / len(names)
     for i, name in enumerate(names):
         costs = [row["costs"][name] for row in rows]
         estimate = np.array([cost["estimate"] for cost in costs])
         bounds = [[cost[side] for cost in costs] for side in ("low", "high")]
         low, high = np.array(bounds, dtype=np.float64)  # NaN where there is no interval
         axes.bar(
-            np.arange(len(rows)) + (i - (len(names) - 1) / 2) * 0.27,
+            np.arange(len(rows)) + (i - (len(names) - 1) / 2) * width,
             estimate,
-            0.25,
+            0.92 * width,
             yerr=np.nan_to_num([estimate - low, high - estimate]),
             color=_colour(figures, name),
             capsize=2,
@@ -139,3 +144,49 @@ def _recall(axes: Axes, figures: Figures) -> None:
     if rows:
         axes.legend(fontsize=8)
     axes.grid(alpha=0.3, axis="y")
+
+
+def _taught(axes: Axes, figures: Figures) -> None:
+    labels = ["before", "false one\nread", "feedback\n0", "corrected"]
+    lines = {"carried": (":", "memory"), "store": ("-", "memory, store")}
+    for which, colour in (("false", "#c8553d"), ("true", "#5b8c5a")):
+        for name, (line, label) in lines.items():
+            steps = figures["feedback"]["sessions"][name]["steps"].values()
+            bits = [step[which]["bits_per_byte"] for step in steps]
+            axes.plot(labels, bits, line, marker="o", color=colour, label=f"{which}: {label}")
+    axes.set(ylabel="bits per byte", title="A planted false sentence and the true one")
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(fontsize=7, loc="upper center", ncols=2)
+    axes.grid(alpha=0.3)
+
+
+def _consolidated(axes: Axes, figures: Figures) -> None:
+    consolidation = figures["consolidation"]
+    axes.set_title("A model made of half of the text")
+    if not consolidation["accepted"]:
+        axes.text(0.5, 0.5, "not accepted", ha="center", va="center", transform=axes.transAxes)
+        axes.set_axis_off()
+        return
+    parts = list(consolidation["before"])
+    bits = {when: [consolidation[when][part] for part in parts] for when in ("before", "after")}
+    rows = range(len(parts))
+    axes.hlines(rows, bits["before"], bits["after"], color="#a8a8a8", linewidth=2)
+    for when, colour, above in (("before", "#6b6b6b", True), ("after", COLOURS[0], False)):
+        axes.plot(bits[when], rows, "o", color=colour, label=when)
+        for row, value in zip(rows, bits[when], strict=True):
+            axes.annotate(
+                f"{value:.3f}",
+                (value, row),
+                xytext=(0, 5 if above else -12),
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+                fontsize=7,
+            )
+    axes.set_yticks(rows, [part_label(figures, part).replace(", ", ",\n") for part in parts])
+    axes.tick_params("y", labelsize=7)
+    axes.set_ylim(len(parts) + 0.2, -0.6)
+    axes.margins(x=0.15)
+    axes.set_xlabel("bits per byte, fresh session")
+    axes.legend(fontsize=7, loc="lower center", ncols=2)
+    axes.grid(alpha=0.3, axis="x")

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 Figures = dict[str, Any]
 SHOWN_CLOZES = 6
+LEARNERS = {"carried": "memory", "store": "memory and exact store"}
+STEPS = {
+    "before": "before",
+    "read": "after the false sentence was read",
+    "ignored": "after feedback: learn it not at all",
+    "corrected": "after it was corrected with the true one",
+}
 
 
 def label_of(name: str) -> str:
@@ -15,6 +23,7 @@ def label_of(name: str) -> str:
         return f"memory emptied every {name.removeprefix('reset_')} bytes"
     return {
         "carried": "memory carried",
+        "store": "with an exact store",
         "off": "attention window only",
         "fresh": "fresh session",
         "ppmd_primed": "PPMd primed with training texts",
@@ -65,6 +74,12 @@ def reading(figures: Figures) -> str:
             f"Memory of the process: {_megabytes(early[1])} after {early[0]:,} bytes, "
             f"{_megabytes(late[1])} after {late[0]:,}."
         )
+    store = figures["store"]
+    lines.append(
+        f"With an exact store behind the memory: {store['seconds']:.1f} s, "
+        f"{figures['text']['bytes'] / store['seconds']:,.0f} bytes/s; the store holds "
+        f"{_megabytes(store['store_bytes'])}."
+    )
     return "\n".join(lines)
 
 
@@ -86,8 +101,8 @@ def bits_per_byte(figures: Figures) -> str:
             f"In brackets: {boot['level']:.0%} intervals by a {boot['kind']} of "
             f"{boot['window_bytes']} bytes, in blocks of {boot['block_bytes']} bytes, "
             f"{boot['resamples']:,} resamples. All readings have the same weights and the same "
-            "attention window; where the memory is emptied, the window is not. "
-            + _fairness(figures)
+            "attention window; where the memory is emptied, the window is not; the exact store "
+            "stands behind the carried memory. " + _fairness(figures)
         ),
     ]
     return "\n".join(lines)
@@ -154,9 +169,9 @@ def cloze(figures: Figures) -> str:
         _wrap(
             f"Names that last stood 2,000 bytes back or more, to be completed from their first two "
             f"letters ({asked} asked, evenly spread over the text): with the carried memory "
-            f"{right['carried']} right; a fresh session that has read only the last "
-            f"{figures['model']['reach']} bytes {right['fresh']}; attention window only "
-            f"{right['off']}. Some of them:"
+            f"{right['carried']} right; with an exact store {right['store']}; a fresh session that "
+            f"has read only the last {figures['model']['reach']} bytes {right['fresh']}; "
+            f"attention window only {right['off']}. Some of them:"
         ),
         "",
     ]
@@ -169,8 +184,8 @@ def cloze(figures: Figures) -> str:
             f"  ...{context[-50:]} [{item['truth']}], last seen {item['distance']:,} bytes back"
         )
         lines.append(
-            f"      carried: {answers['carried']}   fresh: {answers['fresh']}   "
-            f"window only: {answers['off']}"
+            f"      carried: {answers['carried']}   store: {answers['store']}   "
+            f"fresh: {answers['fresh']}   window only: {answers['off']}"
         )
     return "\n".join(lines)
 
@@ -191,6 +206,131 @@ def resumed(figures: Figures) -> str:
         f"{verdict}: {r['written_bytes']} bytes written {_same(r['same_bytes'])}, then "
         f"{r['read_bytes']} bytes read and the logits {_same(r['same_logits'])} bit for bit."
     )
+
+
+def feedback(figures: Figures) -> str:
+    """What a planted fact costs, at each step of teaching."""
+    taught = figures["feedback"]
+    lines = [
+        "Corrected by feedback. It is told something false, once, and then the truth:",
+        "",
+        f"  false: {taught['false'].strip()}",
+        f"  true:  {taught['true'].strip()}",
+        "",
+        f"  {'bits per byte of the sentence':<42} {_two_columns(LEARNERS.values())}",
+        f"  {'(bits of the name in brackets)':<42} "
+        + _two_columns(["false          true"] * len(LEARNERS)),
+    ]
+    for step, label in STEPS.items():
+        costs = [_costs(taught["sessions"][name]["steps"][step]) for name in LEARNERS]
+        lines.append(f"  {label:<42} {_two_columns(costs)}")
+    restored = all(taught["sessions"][name]["restored"] for name in LEARNERS)
+    times = " and ".join(f"{1e3 * taught['sessions'][name]['seconds']:.0f} ms" for name in LEARNERS)
+    lines += [
+        "",
+        _wrap(
+            f"Read once, the false name cost {_fewer_bits(taught, 'carried'):.1f} bits less by the "
+            f"memory alone, {_fewer_bits(taught, 'store'):.1f} bits less with the exact store. "
+            f"Before each question {taught['between_bytes']:,} bytes of the text are read on a "
+            "copy, twice as many as attention can look back: what makes a sentence cheaper is in "
+            f"the memory or in the store. Feedback took {times}; feedback of 1 afterwards "
+            + ("restored every bit." if restored else "did NOT restore every bit: this is a bug.")
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _fewer_bits(taught: Figures, learner: str) -> float:
+    steps = taught["sessions"][learner]["steps"]
+    before, after = (steps[step]["false"]["name_bits"] for step in ("before", "read"))
+    return float(before - after)
+
+
+def _two_columns(cells: Iterable[str]) -> str:
+    return "   ".join(f"{cell:<28}" for cell in cells).rstrip()
+
+
+def _costs(asked: Figures) -> str:
+    return "  ".join(
+        f"{cost['bits_per_byte']:.2f} ({cost['name_bits']:5.1f})" for cost in asked.values()
+    )
+
+
+def rollback(figures: Figures) -> str:
+    """Reading and writing that was taken back."""
+    r = figures["rollback"]
+    lines = [
+        _wrap(
+            f"Rolled back. It reads {r['foreign_bytes']:,} bytes of a foreign text (the source of "
+            f"this program), writes on, and goes back; bits per byte of the first "
+            f"{r['probe_bytes']:,} bytes of {r['probe']} before, after, and when it was back:"
+        ),
+        "",
+    ]
+    for name, label in LEARNERS.items():
+        each = r["sessions"][name]
+        bits = "   ".join(f"{bits:.3f}" for bits in each["bits_per_byte"].values())
+        lines.append(
+            f"  {label:<22} {bits}   {each['undone_bytes']:,} bytes taken back in "
+            f"{1e3 * each['seconds']:.0f} ms, {_every_bit(each['same_bits'])}"
+        )
+    return "\n".join(lines)
+
+
+def _every_bit(same: bool) -> str:
+    return "every bit as it was" if same else "NOT every bit as it was: this is a bug"
+
+
+def consolidation(figures: Figures) -> str:
+    """The model that was made of what the session learned."""
+    c = figures["consolidation"]
+    if "learned_bytes" not in c:
+        return f"No model was made of what it learned: {c['why']}."
+    if not c["accepted"]:
+        return f"{_task(figures)}\n\n{_wrap('Not accepted: ' + c['why'] + '.')}"
+    lines = [_task(figures), "", _choice(figures), "", f"  {'':<44} {'before':>7} {'after':>7}"]
+    for part, before in c["before"].items():
+        lines.append(f"  {part_label(figures, part):<44} {before:>7.3f} {c['after'][part]:>7.3f}")
+    return "\n".join(lines)
+
+
+def _task(figures: Figures) -> str:
+    c = figures["consolidation"]
+    return _wrap(
+        f"Consolidated. Back at {c['learned_bytes']:,} bytes ({c['undone_bytes']:,} taken back in "
+        f"{1e3 * c['undone_seconds']:.0f} ms), a new model is to begin with what the session "
+        f"learned. It must make the next {c['bytes']['trial']:,} bytes cheaper" + _guard(figures)
+    )
+
+
+def _choice(figures: Figures) -> str:
+    chosen, trials = (figures["consolidation"][name] for name in ("chosen", "trials"))
+    return _wrap(
+        f"Accepted, the best of {len(trials)} ways: it keeps {chosen['memory_share']:.0%} of what "
+        f"the memories in the blocks learned and {chosen['head_share']:.0%} at the head, "
+        f"protection {chosen['protection']:g}. Bits per byte, by fresh sessions:"
+    )
+
+
+def _guard(figures: Figures) -> str:
+    c = figures["consolidation"]
+    if not c["other"]:
+        return "; no other text is at hand to be guarded."
+    return (
+        f", and {c['bytes']['guarded']:,} bytes of {c['other']} at most {c['tolerance']} bits per "
+        "byte dearer."
+    )
+
+
+def part_label(figures: Figures, part: str) -> str:
+    """A part of the two texts that a consolidated model was measured with."""
+    text, other = figures["text"]["name"], figures["consolidation"]["other"]
+    return {
+        "trial": f"{text}, what comes next (decides)",
+        "next": f"{text}, what comes then",
+        "guarded": f"{other}, guarded (decides)",
+        "unguarded": f"{other}, another part",
+    }[part]
 
 
 def _same(same: bool) -> str:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +148,120 @@ def test_costs_by_distance_add_up() -> None:
         assert row.costs["off"].estimate == pytest.approx(0.5 * length[row.label])
 
 
+def test_the_same_bits_are_told_from_others(model: LanguageModel) -> None:
+    learning = demo_module("learning")
+    one, other = fastweights.Session(model), fastweights.Session(model)
+    one.read(TEXT)
+    other.read(TEXT)
+    assert learning.same_bits(one, other)
+    assert not learning.same_bits(one, fastweights.Session(model))
+    assert not learning.same_bits(one, fastweights.Session(model, store=True))
+    other.rollback(len(TEXT) - 1)
+    assert not learning.same_bits(one, other)
+    zero = torch.tensor(0.0)
+    assert torch.equal(zero, -zero)
+    assert not learning._same_tensors(zero, -zero)
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_a_planted_fact_costs_what_a_session_driven_so_says(
+    model: LanguageModel, store: bool
+) -> None:
+    learning = demo_module("learning")
+    session = fastweights.Session(model, store=store)
+    session.read(TEXT)
+    kept = session.fork()
+    between = TEXT[:1000]
+    taught = learning.teach(session, between)
+    assert learning.same_bits(session, kept)
+    assert taught["restored"]
+    steps = taught["steps"]
+    assert list(steps) == ["before", "read", "ignored", "corrected"]
+
+    false, true = learning.statement("false"), learning.statement("true")
+    assert false != true
+    driven = fastweights.Session(model, store=store)
+    for text in (TEXT, false, between):
+        driven.read(text)
+    assert steps["read"]["true"]["bits_per_byte"] == pytest.approx(driven.score(true))
+    bits = driven.token_bits(false)
+    name = false.index(learning.NAMES["false"])
+    assert steps["read"]["false"]["name_bits"] == pytest.approx(float(bits[name:-2].sum()))
+    if store:  # it is found, then not found, then the other one is
+        assert steps["read"]["false"]["bits_per_byte"] < steps["before"]["false"]["bits_per_byte"]
+        assert steps["ignored"]["false"]["bits_per_byte"] > steps["read"]["false"]["bits_per_byte"]
+        assert steps["corrected"]["true"]["bits_per_byte"] < steps["read"]["true"]["bits_per_byte"]
+
+
+def test_going_back_leads_to_the_same_bits(model: LanguageModel) -> None:
+    learning = demo_module("learning")
+    session = fastweights.Session(model)
+    session.read(TEXT)
+    kept = session.fork()
+    back = learning.go_back(session, b"import this\n", b"the wind and the rain")
+    assert learning.same_bits(session, kept)
+    assert back["same_bits"]
+    assert back["undone_bytes"] == 12 + learning.WRITTEN
+    bits = back["bits_per_byte"]
+    assert bits["back"] == bits["before"] != bits["after"]
+
+
+def test_parts_of_two_texts_are_neighbours() -> None:
+    learning = demo_module("learning")
+    text, other = bytes(range(256)) * 400, bytes(range(255, -1, -1)) * 100
+    for size in (learning.LEAST_TEXT, 20_001, len(text)):
+        learned, trial, following, guarded, unguarded = learning.divide(text[:size], other)
+        assert text[:size][learned:].startswith(trial + following)
+        assert min(len(trial), len(following)) > 0
+        assert (guarded + unguarded) in other
+    assert learning.divide(text[: learning.LEAST_TEXT - 1], other) is None
+    parts = learning.divide(text, b"")
+    assert parts.guarded == parts.unguarded == b""
+
+
+def consolidated(model: LanguageModel, text: bytes, other: bytes) -> dict[str, Any]:
+    learning = demo_module("learning")
+    session = fastweights.Session(model)
+    session.read(text)
+    parts = learning.divide(text, other)
+    figures = learning.consolidate(session, model, parts, lambda done, total: None)
+    assert session.position == len(text)
+    assert figures["undone_bytes"] == len(text) - len(text) // 2
+    assert figures["bytes"]["trial"] == len(parts.trial)
+    return figures
+
+
+def test_a_model_is_made_where_it_pays() -> None:
+    torch.manual_seed(3)
+    with_head = small_model("fast_head", vocabulary_size=256)
+    made = consolidated(with_head, b"the wind and the rain went on and on. " * 200, TEXT)
+    assert made["accepted"]
+    before, after = made["before"], made["after"]
+    assert before.keys() == after.keys() == {"trial", "next", "guarded", "unguarded"}
+    assert after["trial"] == pytest.approx(made["chosen"]["trial_bits"], abs=1e-6)
+    assert after["trial"] < before["trial"]
+    assert after["guarded"] <= before["guarded"] + made["tolerance"]
+    told = demo_module("report").consolidation(
+        {"text": {"name": "rain"}, "consolidation": made | {"other": "tale"}}
+    )
+    assert f"{after['next']:.3f}" in told
+    assert "tale, guarded" in told
+
+
+def test_a_model_is_refused_with_its_figures(model: LanguageModel) -> None:
+    refused = consolidated(model, b"ab" * 2500 + (b"ba " * 2000)[:5000], b"")
+    assert not refused["accepted"]
+    assert re.search(r"refused.*[\d.]+ bits per byte for [\d.]+ before", refused["why"])
+    told = demo_module("report").consolidation(
+        {"text": {"name": "ab"}, "consolidation": refused | {"other": ""}}
+    )
+    assert "Not accepted" in told
+    assert "no other text is at hand" in told
+
+    without = consolidated(small_model("attention_only", vocabulary_size=256), TEXT, TEXT)
+    assert "no memory" in without["why"]
+
+
 def run_demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(DEMO), *map(str, arguments)]
@@ -174,6 +290,15 @@ def test_the_demo_runs_on_any_file(model: LanguageModel, tmp_path: Path) -> None
     assert (tmp_path / "out" / "tale.png").read_bytes().startswith(b"\x89PNG")
     assert figures["text"] == {"name": "tale", "bytes": len(TEXT) + 256}
     assert figures["cloze"]["asked"] == 3
+    assert figures["cloze"]["right"].keys() == {"carried", "store", "fresh", "off"}
+    assert {"carried", "store"} <= figures["bits_per_byte"].keys()
+    assert figures["store"]["store_bytes"] > 0
+    for name in ("carried", "store"):
+        assert figures["feedback"]["sessions"][name]["restored"]
+        assert figures["rollback"]["sessions"][name]["same_bits"]
+    assert figures["consolidation"]["learned_bytes"] == figures["text"]["bytes"] // 2
+    for told_of in ("exact store", "Corrected by feedback", "Rolled back", "Consolidated"):
+        assert told_of in told.stdout
     assert {"machine", "commit", "date", "command", "samples"} <= figures.keys()
     total = sum(figures["samples"]["window_bits"]["carried"])
     assert figures["bits_per_byte"]["carried"] == pytest.approx(
@@ -182,7 +307,10 @@ def test_the_demo_runs_on_any_file(model: LanguageModel, tmp_path: Path) -> None
 
     quiet = run_demo(*options, "--json-only", "--limit", 1)
     assert quiet.returncode == 0, quiet.stderr
-    assert json.loads(quiet.stdout)["text"]["bytes"] == 1
+    of_one_byte = json.loads(quiet.stdout)
+    assert of_one_byte["text"]["bytes"] == 1
+    assert not of_one_byte["consolidation"]["accepted"]
+    assert "shorter" in of_one_byte["consolidation"]["why"]
     assert quiet.stderr == ""
 
 
@@ -200,3 +328,9 @@ def test_bad_input_gives_one_clear_line(tmp_path: Path) -> None:
         assert result.returncode == 1
         assert why in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_the_readme_shows_the_stored_figures() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "update-readme-figures"), "--check"]
+    result = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
