@@ -68,6 +68,7 @@ struct Fact {
   std::string statement;  ///< read where a text contradicts it; empty: cue, value, ".\n"
 };
 
+/// How strongly fact_judge() has a passage learned, and what it does about contradictions.
 struct FactJudgeOptions {
   float right = 1.0F;   ///< strength of a passage that states facts rightly
   float wrong = 0.0F;   ///< of one that contradicts any
@@ -81,6 +82,7 @@ struct FactJudgeOptions {
 /// earlier passage counts in the passage that decides it. Throws Error if a cue or value is empty.
 Judge fact_judge(std::vector<Fact> facts, const FactJudgeOptions& options = {});
 
+/// What likelihood_judge() forgives, and how strongly it has a passage learned.
 struct LikelihoodJudgeOptions {
   double tolerance = 0.0;  ///< bits per byte that the held-out text may cost more
   float better = 1.0F;     ///< strength of a passage within the tolerance

@@ -43,6 +43,7 @@ struct WritePolicy {
   bool caps_norms() const { return memory_norm_cap > 0 || head_norm_cap > 0; }
 };
 
+/// Learns from every token as the model was trained to.
 inline constexpr WritePolicy kAsTrained = {};
 /// Reads and writes, and learns nothing.
 inline constexpr WritePolicy kFrozen = {.strength = 0.0F};
