@@ -1,4 +1,4 @@
-// A token of each of some sessions through a language model. Every loop over a team's threads is
+// Tokens of some sessions through a language model. Every loop over a team's threads is
 // cut the same way for any number of them, and every product of a row is summed in the same order
 // whatever rows and sessions share its tile: the bits of a session depend neither on threads nor on
 // company. So what a compiler may contract or not is in one place for all of them, or is spelt out.
@@ -63,48 +63,48 @@ inline void store(float value, hwy::bfloat16_t* to) {
 constexpr std::int64_t kTaskBytes = 32768;
 /// Rows of a matrix that are read at a time.
 constexpr int kRows = 4;
-/// Sessions whose vectors stay in the nearest cache while a task's weights pass.
+/// Tokens whose vectors stay in the nearest cache while a task's weights pass.
 constexpr std::int64_t kBlock = 16;
 
-/// Rows in a tile of so many sessions: their sums fill half of the registers.
-constexpr int rows_in_tile(int sessions) {
-  return std::min(kRows, std::max(1, kRegisters / 4 / sessions));
+/// Rows in a tile of so many tokens: their sums fill half of the registers.
+constexpr int rows_in_tile(int tokens) {
+  return std::min(kRows, std::max(1, kRegisters / 4 / tokens));
 }
 
-/// A row of each of several sessions, `stride` apart.
+/// A row of each of several tokens, `stride` apart.
 struct Vectors {
   float* data;
   std::int64_t stride;
 
-  Vectors from(std::int64_t session, std::int64_t element = 0) const {
-    return {data + session * stride + element, stride};
+  Vectors from(std::int64_t token, std::int64_t element = 0) const {
+    return {data + token * stride + element, stride};
   }
 };
 
-/// out[session][row] ← row · x[session], for rows of `columns` elements, `row_stride` apart. What
+/// out[token][row] ← row · x[token], for rows of `columns` elements, `row_stride` apart. What
 /// comes `kRows` rows later is asked for where the product waits for memory.
-template <int kCount, int kSessions, class T>
+template <int kCount, int kTokens, class T>
 HWY_INLINE void multiply_tile(const T* HWY_RESTRICT rows, std::int64_t row_stride,
                               std::int64_t columns, Vectors x, Vectors out) {
   const Float d;
   const hn::CappedTag<float, 1> one;
-  constexpr int kSums = (kCount * kSessions + 3) / 4 * 4;
+  constexpr int kSums = (kCount * kTokens + 3) / 4 * 4;
   const auto step = lanes();
-  hn::Vec<Float> even[kSums], odd[kCount * kSessions];
+  hn::Vec<Float> even[kSums], odd[kCount * kTokens];
 #pragma GCC unroll 16
   for (int i = 0; i < kSums; ++i) even[i] = hn::Zero(d);
 #pragma GCC unroll 16
-  for (int i = 0; i < kCount * kSessions; ++i) odd[i] = hn::Zero(d);
+  for (int i = 0; i < kCount * kTokens; ++i) odd[i] = hn::Zero(d);
   const auto add = [&](std::int64_t c, hn::Vec<Float>* sums) HWY_ATTR {
     hn::Vec<Float> weights[kCount];
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) {
       const T* at = rows + i * row_stride + c;
-      if constexpr (kSessions == 1) hwy::Prefetch(at + kRows * row_stride);
+      if constexpr (kTokens == 1) hwy::Prefetch(at + kRows * row_stride);
       weights[i] = load(at);
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < kSessions; ++j) {
+    for (int j = 0; j < kTokens; ++j) {
       const auto vector = hn::LoadU(d, x.data + j * x.stride + c);
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) {
@@ -119,10 +119,10 @@ HWY_INLINE void multiply_tile(const T* HWY_RESTRICT rows, std::int64_t row_strid
   }
   for (; c + step <= columns; c += step) add(c, even);
 #pragma GCC unroll 16
-  for (int i = 0; i < kCount * kSessions; ++i) even[i] = hn::Add(even[i], odd[i]);
+  for (int i = 0; i < kCount * kTokens; ++i) even[i] = hn::Add(even[i], odd[i]);
   alignas(64) float sums[kSums];
   sum_each(d, even, kSums, sums);
-  for (int j = 0; j < kSessions; ++j) {
+  for (int j = 0; j < kTokens; ++j) {
     for (int i = 0; i < kCount; ++i) {
       auto sum = hn::Set(one, sums[j * kCount + i]);
       for (auto rest = c; rest < columns; ++rest) {
@@ -134,41 +134,41 @@ HWY_INLINE void multiply_tile(const T* HWY_RESTRICT rows, std::int64_t row_strid
   }
 }
 
-/// The same for `count` rows and kSessions sessions.
-template <int kSessions, class T>
+/// The same for `count` rows and kTokens tokens.
+template <int kTokens, class T>
 HWY_INLINE void multiply_for(const T* rows, std::int64_t row_stride, std::int64_t columns,
                              std::int64_t count, Vectors x, Vectors out) {
-  constexpr int kCount = rows_in_tile(kSessions);
+  constexpr int kCount = rows_in_tile(kTokens);
   std::int64_t i = 0;
   for (; i + kCount <= count; i += kCount) {
-    multiply_tile<kCount, kSessions>(rows + i * row_stride, row_stride, columns, x, out.from(0, i));
+    multiply_tile<kCount, kTokens>(rows + i * row_stride, row_stride, columns, x, out.from(0, i));
   }
   for (; i < count; ++i) {
-    multiply_tile<1, kSessions>(rows + i * row_stride, row_stride, columns, x, out.from(0, i));
+    multiply_tile<1, kTokens>(rows + i * row_stride, row_stride, columns, x, out.from(0, i));
   }
 }
 
-/// out[session][i] ← row i · x[session], for `count` rows and any number of sessions.
+/// out[token][i] ← row i · x[token], for `count` rows and any number of tokens.
 template <class T>
 HWY_NOINLINE void multiply_vectors(const T* rows, std::int64_t row_stride, std::int64_t columns,
-                                   std::int64_t count, std::int64_t sessions, Vectors x,
+                                   std::int64_t count, std::int64_t tokens, Vectors x,
                                    Vectors out) {
   std::int64_t j = 0;
-  for (; j + 4 <= sessions; j += 4) {
+  for (; j + 4 <= tokens; j += 4) {
     multiply_for<4>(rows, row_stride, columns, count, x.from(j), out.from(j));
   }
-  for (; j + 2 <= sessions; j += 2) {
+  for (; j + 2 <= tokens; j += 2) {
     multiply_for<2>(rows, row_stride, columns, count, x.from(j), out.from(j));
   }
-  if (j < sessions) multiply_for<1>(rows, row_stride, columns, count, x.from(j), out.from(j));
+  if (j < tokens) multiply_for<1>(rows, row_stride, columns, count, x.from(j), out.from(j));
 }
 
 /// The same with rows [first, first + count) of the matrix.
 template <class T>
 void multiply_rows(const Weights& matrix, std::int64_t first, std::int64_t count,
-                   std::int64_t sessions, Vectors x, Vectors out) {
+                   std::int64_t tokens, Vectors x, Vectors out) {
   const T* rows = static_cast<const T*>(matrix.data) + first * matrix.columns;
-  multiply_vectors(rows, matrix.columns, matrix.columns, count, sessions, x, out);
+  multiply_vectors(rows, matrix.columns, matrix.columns, count, tokens, x, out);
 }
 
 /// Rows of one task.
@@ -195,7 +195,7 @@ inline Rows rows_at(const std::int64_t* rows, std::int64_t each, std::int64_t ta
 
 // ---- scratch memory
 
-/// Rows of scratch memory of one session.
+/// Rows of scratch memory of one token.
 struct Scratch {
   float* x = nullptr;         // the residual stream
   float* normed = nullptr;    // a norm of it
@@ -215,7 +215,7 @@ struct Scratch {
   float* head_error = nullptr;  // how wrong its prediction was
 };
 
-/// Where the rows of a session lie, each a multiple of 16 elements.
+/// Where the rows of a token lie, each a multiple of 16 elements.
 class ScratchLayout {
  public:
   explicit ScratchLayout(const DecodingModel& model) {
@@ -240,13 +240,13 @@ class ScratchLayout {
     place(&Scratch::head_error, model.output.rows);
   }
 
-  /// Elements of a session.
+  /// Elements of a token.
   std::int64_t size() const { return size_; }
   std::int64_t scores_stride() const { return scores_stride_; }
 
-  /// The rows of each session, one session behind the other.
-  std::vector<Scratch> rows(std::size_t sessions, float* memory) const {
-    std::vector<Scratch> all(sessions);
+  /// The rows of each token, one behind the other.
+  std::vector<Scratch> rows(std::size_t tokens, float* memory) const {
+    std::vector<Scratch> all(tokens);
     for (Scratch& each : all) {
       for (const auto& [member, offset] : places_) each.*member = memory + offset;
       memory += size_;
@@ -272,6 +272,70 @@ class ScratchLayout {
   std::int64_t scores_stride_ = 0;
 };
 
+/// What a trace keeps of a token in one layer.
+struct LayerTrace {
+  float* inputs = nullptr;    // of the convolution [2·H·K + HV·V]
+  float* features = nullptr;  // q, k, v of the memory, convolved
+  float* beta = nullptr;      // [HV], as they are projected
+  float* decay = nullptr;     // [HV]
+  float* key = nullptr;       // of attention [width], rotated
+  float* value = nullptr;     // [width]
+};
+
+/// And at the head, where the model has one.
+struct HeadTrace {
+  float* key = nullptr;     // of the write, times its strength [width]
+  float* error = nullptr;   // [vocabulary]
+  float* hidden = nullptr;  // what is to be written next [width]
+  float* logits = nullptr;  // and its prediction [vocabulary]
+};
+
+/// Where the rows of a token's trace lie.
+class TraceLayout {
+ public:
+  explicit TraceLayout(const DecodingModel& model) : model_(model) {
+    const auto& s = model.sizes;
+    channels_ = 2 * s.keys() + s.values();
+    layer_ = 2 * channels_ + 2 * s.memory_value_heads + 2 * s.width;
+    layers_ = layer_ * static_cast<std::int64_t>(model.layers.size());
+  }
+
+  std::int64_t size() const {
+    return layers_ + (model_.fast_head ? 2 * (model_.sizes.width + model_.output.rows) : 0);
+  }
+
+  LayerTrace layer(float* trace, std::size_t number) const {
+    if (trace == nullptr) return {};
+    const auto& s = model_.sizes;
+    LayerTrace rows;
+    rows.inputs = trace + layer_ * static_cast<std::int64_t>(number);
+    rows.features = rows.inputs + channels_;
+    rows.beta = rows.features + channels_;
+    rows.decay = rows.beta + s.memory_value_heads;
+    rows.key = rows.decay + s.memory_value_heads;
+    rows.value = rows.key + s.width;
+    return rows;
+  }
+
+  HeadTrace head(float* trace) const {
+    if (trace == nullptr || !model_.fast_head) return {};
+    const auto width = model_.sizes.width;
+    const auto vocabulary = model_.output.rows;
+    HeadTrace rows;
+    rows.key = trace + layers_;
+    rows.error = rows.key + width;
+    rows.hidden = rows.error + vocabulary;
+    rows.logits = rows.hidden + width;
+    return rows;
+  }
+
+ private:
+  const DecodingModel& model_;
+  std::int64_t channels_ = 0;
+  std::int64_t layer_ = 0;
+  std::int64_t layers_ = 0;
+};
+
 // ---- between the products
 
 void norm(const float* x, const float* weight, std::int64_t size, double epsilon, float* out) {
@@ -293,6 +357,73 @@ void silu(const float* x, const float* factor, std::int64_t size, float* out) {
   for (; i < size; ++i) run(hn::CappedTag<float, 1>(), i);
 }
 
+// ---- writes
+
+/// One token's write into one head of a memory, `key` of unit length.
+struct MemoryWrite {
+  float decay;
+  float beta;
+};
+
+float decay_of_head(const DecodingMemory& m, float projected, float strength, std::int64_t head) {
+  if (m.decay.data == nullptr || strength == 0.0f) return 1.0f;
+  const float x = projected + m.dt_bias[head];
+  const float softplus = x > 20.0f ? x : std::log1p(std::exp(x));
+  return std::exp(-std::exp(m.a_log[head]) * softplus * std::min(strength, 1.0f));
+}
+
+MemoryWrite write_of_head(const DecodingModel& model, const DecodingMemory& m, float beta,
+                          float decay, float strength, std::int64_t head) {
+  const float trained =
+      static_cast<float>(model.sizes.beta_max) / (1.0f + std::exp(-std::max(beta, -87.0f)));
+  return {decay_of_head(m, decay, strength, head), std::min(trained * strength, 2.0f)};
+}
+
+float head_eta(const DecodingModel& model, float strength) {
+  return std::min(static_cast<float>(model.head_eta) * strength, 2.0f);
+}
+
+/// The write of the memory at the head on its columns [begin, end); `key` is scaled by η.
+void write_head(const DecodingModel& model, float* state, float strength, const float* key,
+                const float* error, std::int64_t begin, std::int64_t end) {
+  const auto width = model.sizes.width;
+  const auto vocabulary = model.output.rows;
+  const float eta = head_eta(model, strength);
+  const auto shrink = static_cast<float>(
+      std::expm1(model.head_decay * std::min(static_cast<double>(strength), 1.0)));
+  if (eta == 0.0f && shrink == 0.0f) return;
+  softmax_delta::multiply<float>({.rows = width,
+                                  .inner = eta != 0.0f ? 1 : 0,
+                                  .left = key,
+                                  .left_row = 1,
+                                  .left_inner = width,
+                                  .right = error,
+                                  .right_stride = vocabulary,
+                                  .base = state,
+                                  .base_stride = vocabulary,
+                                  .shrink = shrink,
+                                  .out = state,
+                                  .out_stride = vocabulary},
+                                 begin, end);
+}
+
+/// Some tokens that follow each other in one session.
+struct Run {
+  std::int64_t first = 0;
+  std::int64_t count = 0;
+};
+
+std::vector<Run> runs_of(std::span<const DecodingToken> tokens) {
+  std::vector<Run> runs;
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    if (i == 0 || tokens[i].states != tokens[i - 1].states) {
+      runs.push_back({static_cast<std::int64_t>(i), 0});
+    }
+    ++runs.back().count;
+  }
+  return runs;
+}
+
 /// Everything of a batch of tokens; `T` is the model's type.
 template <class T>
 class Decoder {
@@ -302,15 +433,17 @@ class Decoder {
       : model_(model),
         sizes_(model.sizes),
         tokens_(tokens),
+        runs_(runs_of(tokens)),
         layout_(model),
+        trace_(model),
         s_(layout_.rows(tokens.size(), memory)),
         team_(team) {}
 
   void run(float* logits) {
-    for_each_session([&](std::int64_t i) { start(i); });
+    for_each_token([&](std::int64_t i) { start(i); });
     for (std::size_t layer = 0; layer < model_.layers.size(); ++layer) run_layer(layer);
     norm_all(model_.norm);
-    for_each_session([&](std::int64_t i) {
+    for_each_token([&](std::int64_t i) {
       if (token(i).hidden == nullptr) return;
       std::copy_n(scratch(i).normed, sizes_.width, token(i).hidden);
     });
@@ -320,8 +453,8 @@ class Decoder {
       const auto first = task * each;
       const auto count = std::min(each, vocabulary - first);
       const Vectors out{logits, vocabulary};
-      for_each_block([&](std::int64_t i, std::int64_t sessions) {
-        multiply_rows<T>(model_.output, first, count, sessions, rows(&Scratch::normed, i),
+      for_each_block([&](std::int64_t i, std::int64_t together) {
+        multiply_rows<T>(model_.output, first, count, together, rows(&Scratch::normed, i),
                          out.from(i, first));
       });
     });
@@ -329,48 +462,45 @@ class Decoder {
   }
 
  private:
-  std::int64_t sessions() const { return static_cast<std::int64_t>(tokens_.size()); }
-  const DecodingToken& token(std::int64_t session) const {
-    return tokens_[static_cast<std::size_t>(session)];
-  }
-  Scratch& scratch(std::int64_t session) { return s_[static_cast<std::size_t>(session)]; }
-  const DecodingState& state(std::int64_t session, std::size_t layer) const {
-    return token(session).states[layer];
+  std::int64_t count() const { return static_cast<std::int64_t>(tokens_.size()); }
+  const DecodingToken& token(std::int64_t i) const { return tokens_[static_cast<std::size_t>(i)]; }
+  Scratch& scratch(std::int64_t i) { return s_[static_cast<std::size_t>(i)]; }
+  const DecodingState& state(std::int64_t i, std::size_t layer) const {
+    return token(i).states[layer];
   }
 
-  /// A row of scratch memory of the sessions from `session` on, from its element `element` on.
-  Vectors rows(float* Scratch::* member, std::int64_t session, std::int64_t element = 0) {
-    return {scratch(session).*member + element, layout_.size()};
+  /// A row of scratch memory of the tokens from `i` on, from its element `element` on.
+  Vectors rows(float* Scratch::* member, std::int64_t i, std::int64_t element = 0) {
+    return {scratch(i).*member + element, layout_.size()};
   }
 
-  /// Runs `body(session)` for each; one is not worth a loop of the team.
+  /// Runs `body(token)` for each; one is not worth a loop of the team.
   template <class Body>
-  void for_each_session(const Body& body) {
-    if (sessions() == 1) return body(0);
-    team_.loop(sessions(), body);
+  void for_each_token(const Body& body) {
+    if (count() == 1) return body(0);
+    team_.loop(count(), body);
   }
 
-  /// Runs `body(first, count)` on blocks of sessions.
+  /// Runs `body(first, count)` on blocks of tokens.
   template <class Body>
   void for_each_block(const Body& body) const {
-    for (std::int64_t first = 0; first < sessions(); first += kBlock) {
-      body(first, std::min(kBlock, sessions() - first));
+    for (std::int64_t first = 0; first < count(); first += kBlock) {
+      body(first, std::min(kBlock, count() - first));
     }
   }
 
   void norm_all(const float* weight) {
-    for_each_session([&](std::int64_t i) {
+    for_each_token([&](std::int64_t i) {
       norm(scratch(i).x, weight, sizes_.width, sizes_.norm_epsilon, scratch(i).normed);
     });
   }
 
-  /// The embedding of a session's token, and the angles of its position.
-  void start(std::int64_t session) {
-    const T* row =
-        static_cast<const T*>(model_.embedding.data) + token(session).token * sizes_.width;
-    float* x = scratch(session).x;
-    for (std::int64_t i = 0; i < sizes_.width; ++i) x[i] = to_float(row[i]);
-    fill_angles(token(session).position, scratch(session).angles);
+  /// The embedding of a token, and the angles of its position.
+  void start(std::int64_t i) {
+    const T* row = static_cast<const T*>(model_.embedding.data) + token(i).token * sizes_.width;
+    float* x = scratch(i).x;
+    for (std::int64_t c = 0; c < sizes_.width; ++c) x[c] = to_float(row[c]);
+    fill_angles(token(i).position, scratch(i).angles);
   }
 
   // The angles of RotaryTable for a call of one token.
@@ -389,71 +519,69 @@ class Decoder {
   std::int64_t head_size() const { return sizes_.width / sizes_.attention_heads; }
 
   /// Writes each token into the memory at the head, for the hidden state that predicted it, reads
-  /// the memory for the new one and leaves that to be written next.
+  /// the memory for the new one and leaves that to be written next. Tokens of one session wait for
+  /// each other.
   void correct(float* logits) {
-    for_each_session([&](std::int64_t i) { prepare_head(i); });
     const auto vocabulary = model_.output.rows;
     const auto each = softmax_delta::kColumns;
     const auto tasks = divide_up(vocabulary, each);
-    team_.loop(sessions() * tasks, [&](std::int64_t task) {
-      const auto session = task / tasks;
-      const auto begin = task % tasks * each;
-      correct_columns(session, begin, std::min(vocabulary, begin + each),
-                      logits + session * vocabulary);
-    });
-  }
-
-  float head_eta(float strength) const {
-    return std::min(static_cast<float>(model_.head_eta) * strength, 2.0f);
+    std::int64_t longest = 0;
+    for (const Run& run : runs_) longest = std::max(longest, run.count);
+    for (std::int64_t step = 0; step < longest; ++step) {
+      std::vector<std::int64_t> now;
+      for (const Run& run : runs_) {
+        if (step < run.count) now.push_back(run.first + step);
+      }
+      const auto together = static_cast<std::int64_t>(now.size());
+      const auto prepare = [&](std::int64_t i) { prepare_head(now[static_cast<std::size_t>(i)]); };
+      if (together == 1) {
+        prepare(0);
+      } else {
+        team_.loop(together, prepare);
+      }
+      team_.loop(together * tasks, [&](std::int64_t task) {
+        const auto i = now[static_cast<std::size_t>(task / tasks)];
+        const auto begin = task % tasks * each;
+        correct_columns(i, begin, std::min(vocabulary, begin + each), logits + i * vocabulary);
+      });
+    }
   }
 
   /// What the head's products need: the key and the error of the write, and the key of the read.
-  void prepare_head(std::int64_t session) {
+  void prepare_head(std::int64_t token_index) {
     const auto width = sizes_.width;
-    const float strength = token(session).strength;
-    const DecodingHeadState& head = token(session).head;
-    Scratch& s = scratch(session);
-    const float eta = head_eta(strength);
+    const auto vocabulary = model_.output.rows;
+    const DecodingToken& read = token(token_index);
+    const DecodingHeadState& head = read.head;
+    Scratch& s = scratch(token_index);
+    const float eta = head_eta(model_, read.strength);
     T* hidden = static_cast<T*>(head.hidden);
     for (std::int64_t i = 0; i < width; ++i) s.head_key[i] = to_float(hidden[i]);
     scale_row(s.head_key, eta * inverse_norm(s.head_key, width), width, s.head_key);
     if (eta != 0.0f) {
-      softmax_delta::prediction_error(head.logits, token(session).token, model_.output.rows,
-                                      s.head_error);
+      softmax_delta::prediction_error(head.logits, read.token, vocabulary, s.head_error);
     }
     // As the modules have it: the hidden state in the model's type.
     for (std::int64_t i = 0; i < width; ++i) {
       store(s.normed[i], hidden + i);
       s.normed[i] = to_float(hidden[i]);
     }
+    if (read.trace != nullptr) {
+      const HeadTrace trace = trace_.head(read.trace);
+      std::copy_n(s.head_key, width, trace.key);
+      if (eta != 0.0f) std::copy_n(s.head_error, vocabulary, trace.error);
+      std::copy_n(s.normed, width, trace.hidden);
+    }
     scale_row(s.normed, inverse_norm(s.normed, width), width, s.normed);
   }
 
   /// The write and the read of the head on its columns [begin, end).
-  void correct_columns(std::int64_t session, std::int64_t begin, std::int64_t end, float* logits) {
+  void correct_columns(std::int64_t i, std::int64_t begin, std::int64_t end, float* logits) {
     const auto width = sizes_.width;
     const auto vocabulary = model_.output.rows;
-    const float strength = token(session).strength;
-    const DecodingHeadState& head = token(session).head;
-    const Scratch& s = scratch(session);
-    const float eta = head_eta(strength);
-    const auto shrink = static_cast<float>(
-        std::expm1(model_.head_decay * std::min(static_cast<double>(strength), 1.0)));
-    if (eta != 0.0f || shrink != 0.0f) {
-      softmax_delta::multiply<float>({.rows = width,
-                                      .inner = eta != 0.0f ? 1 : 0,
-                                      .left = s.head_key,
-                                      .left_row = 1,
-                                      .left_inner = width,
-                                      .right = s.head_error,
-                                      .right_stride = vocabulary,
-                                      .base = head.state,
-                                      .base_stride = vocabulary,
-                                      .shrink = shrink,
-                                      .out = head.state,
-                                      .out_stride = vocabulary},
-                                     begin, end);
-    }
+    const DecodingHeadState& head = token(i).head;
+    const Scratch& s = scratch(i);
+    write_head(model_, head.state, token(i).strength, s.head_key, s.head_error, begin, end);
     softmax_delta::multiply<float>({.rows = 1,
                                     .inner = width,
                                     .left = s.normed,
@@ -467,6 +595,9 @@ class Decoder {
                                     .out_stride = vocabulary},
                                    begin, end);
     std::copy(logits + begin, logits + end, head.logits + begin);
+    if (token(i).trace != nullptr) {
+      std::copy(logits + begin, logits + end, trace_.head(token(i).trace).logits + begin);
+    }
   }
 
   void run_layer(std::size_t number) {
@@ -511,7 +642,10 @@ class Decoder {
                          rows(target.out, i, out));
         if (target.channel < 0) return;
         for (auto j = i; j < i + together; ++j) {
-          convolve(m, state(j, number), scratch(j).features, out, count);
+          float* x = scratch(j).features;
+          const LayerTrace trace = trace_.layer(token(j).trace, number);
+          if (trace.inputs != nullptr) std::copy_n(x + out, count, trace.inputs + out);
+          convolve(m, state(j, number), x, out, count);
         }
       });
     });
@@ -537,26 +671,28 @@ class Decoder {
     silu(x + first, nullptr, count, x + first);
   }
 
+  /// The heads of the memory and of attention; tokens of one session follow each other.
   void run_heads(const DecodingLayer& layer, std::size_t number) {
     const auto memories = layer.memory.output.data ? sizes_.memory_value_heads : 0;
     const auto attentions = layer.attention.output.data ? sizes_.attention_heads : 0;
     const auto heads = memories + attentions;
-    team_.loop(sessions() * heads, [&](std::int64_t task) {
-      const auto session = task / heads;
+    team_.loop(static_cast<std::int64_t>(runs_.size()) * heads, [&](std::int64_t task) {
+      const Run run = runs_[static_cast<std::size_t>(task / heads)];
       const auto head = task % heads;
-      if (head < memories) {
-        recall(layer.memory, state(session, number), session, head);
-      } else {
-        attend(layer.attention, state(session, number), session, head - memories);
+      for (auto i = run.first; i < run.first + run.count; ++i) {
+        if (head < memories) {
+          recall(layer.memory, number, i, head);
+        } else {
+          attend(layer.attention, number, i, head - memories);
+        }
       }
     });
   }
 
   /// One head of the memory: the write, the read, the gated norm.
-  void recall(const DecodingMemory& m, const DecodingState& state, std::int64_t session,
-              std::int64_t head) {
-    const Scratch& s = scratch(session);
-    const float strength = token(session).strength;
+  void recall(const DecodingMemory& m, std::size_t number, std::int64_t i, std::int64_t head) {
+    const DecodingState& state = this->state(i, number);
+    const Scratch& s = scratch(i);
     const auto K = sizes_.memory_key_size;
     const auto V = sizes_.memory_value_size;
     const auto key_head = head / (sizes_.memory_value_heads / sizes_.memory_heads);
@@ -565,35 +701,34 @@ class Decoder {
     alignas(64) float o[kMaxHeadSize];
     const float* query = s.features + key_head * K;
     const float* key = s.features + sizes_.keys() + key_head * K;
+    const float* value = s.features + 2 * sizes_.keys() + head * V;
     const float scale = 1.0f / std::sqrt(static_cast<float>(K));
     scale_row(query, inverse_norm(query, K) * scale, K, q);
     scale_row(key, inverse_norm(key, K), K, k);
-    const float trained =
-        static_cast<float>(sizes_.beta_max) / (1.0f + std::exp(-std::max(s.beta[head], -87.0f)));
-    const float beta = std::min(trained * strength, 2.0f);
-    const float decay = decay_of_head(m, s, strength, head);
-    const Token<float> write{q, k, decay, beta, dot(q, k, K)};
-    step_token(write, K, V, s.features + 2 * sizes_.keys() + head * V, state.memory + head * K * V,
-               o);
+    const auto [decay, beta] =
+        write_of_head(model_, m, s.beta[head], s.decay[head], token(i).strength, head);
+    step_token(Token<float>{q, k, decay, beta, dot(q, k, K)}, K, V, value,
+               state.memory + head * K * V, o);
     float* out = s.recalled + head * V;
     norm(o, m.norm, V, sizes_.norm_epsilon, o);
     silu(s.gate + head * V, o, V, out);
-  }
-
-  static float decay_of_head(const DecodingMemory& m, const Scratch& s, float strength,
-                             std::int64_t head) {
-    if (m.decay.data == nullptr || strength == 0.0f) return 1.0f;
-    const float x = s.decay[head] + m.dt_bias[head];
-    const float softplus = x > 20.0f ? x : std::log1p(std::exp(x));
-    return std::exp(-std::exp(m.a_log[head]) * softplus * std::min(strength, 1.0f));
+    const LayerTrace trace = trace_.layer(token(i).trace, number);
+    if (trace.features == nullptr) return;
+    if (head % (sizes_.memory_value_heads / sizes_.memory_heads) == 0) {
+      std::copy_n(key, K, trace.features + sizes_.keys() + key_head * K);
+    }
+    std::copy_n(value, V, trace.features + 2 * sizes_.keys() + head * V);
+    trace.beta[head] = s.beta[head];
+    trace.decay[head] = s.decay[head];
   }
 
   /// One head of attention, over the sinks and the ring. The token's own key and value go into the
   /// ring, and are read as they were before they were rounded.
-  void attend(const DecodingAttention& a, const DecodingState& state, std::int64_t session,
+  void attend(const DecodingAttention& a, std::size_t number, std::int64_t token_index,
               std::int64_t head) {
-    const Scratch& s = scratch(session);
-    const auto position = token(session).position;
+    const DecodingState& state = this->state(token_index, number);
+    const Scratch& s = scratch(token_index);
+    const auto position = token(token_index).position;
     const auto size = head_size();
     const auto sinks = sizes_.attention_sinks;
     const auto slot = position % sizes_.attention_window;
@@ -608,6 +743,10 @@ class Decoder {
     for (std::int64_t i = 0; i < size; ++i) {
       store(key[i], keys + slot * sizes_.width + i);
       store(s.value[head * size + i], values + slot * sizes_.width + i);
+    }
+    if (const auto trace = trace_.layer(token(token_index).trace, number); trace.key != nullptr) {
+      std::copy_n(key, size, trace.key + head * size);
+      std::copy_n(s.value + head * size, size, trace.value + head * size);
     }
     float* scores = s.scores + head * layout_.scores_stride();
     const float* sink_keys = a.sink_key + head * sinks * (size / 2);
@@ -684,13 +823,13 @@ class Decoder {
   void add_product(const Weights& matrix, float* Scratch::* from, const float* factor,
                    std::int64_t first, std::int64_t count) {
     alignas(64) float products[kBlock * kPiece];
-    for_each_block([&](std::int64_t session, std::int64_t together) {
+    for_each_block([&](std::int64_t at, std::int64_t together) {
       for (auto row = first; row < first + count; row += kPiece) {
         const auto size = std::min(kPiece, first + count - row);
-        multiply_rows<T>(matrix, row, size, together, rows(from, session), {products, kPiece});
+        multiply_rows<T>(matrix, row, size, together, rows(from, at), {products, kPiece});
         for (std::int64_t i = 0; i < together; ++i) {
           add_row(products + i * kPiece, factor != nullptr ? factor + row : nullptr, size,
-                  scratch(session + i).x + row);
+                  scratch(at + i).x + row);
         }
       }
     });
@@ -720,14 +859,14 @@ class Decoder {
   /// hidden ← silu(gate · x) ⊙ (up · x), rows [first, first + count).
   void expand(const DecodingLayer& layer, std::int64_t first, std::int64_t count) {
     alignas(64) float up[kBlock * kPiece];
-    for_each_block([&](std::int64_t session, std::int64_t together) {
-      const Vectors x = rows(&Scratch::normed, session);
+    for_each_block([&](std::int64_t at, std::int64_t together) {
+      const Vectors x = rows(&Scratch::normed, at);
       for (auto row = first; row < first + count; row += kPiece) {
         const auto size = std::min(kPiece, first + count - row);
-        multiply_rows<T>(layer.gate, row, size, together, x, rows(&Scratch::hidden, session, row));
+        multiply_rows<T>(layer.gate, row, size, together, x, rows(&Scratch::hidden, at, row));
         multiply_rows<T>(layer.up, row, size, together, x, {up, kPiece});
         for (std::int64_t i = 0; i < together; ++i) {
-          float* out = scratch(session + i).hidden + row;
+          float* out = scratch(at + i).hidden + row;
           silu(out, up + i * kPiece, size, out);
         }
       }
@@ -737,8 +876,107 @@ class Decoder {
   const DecodingModel& model_;
   const DecodingSizes& sizes_;
   std::span<const DecodingToken> tokens_;
+  std::vector<Run> runs_;
   ScratchLayout layout_;
+  TraceLayout trace_;
   std::vector<Scratch> s_;
+  Team& team_;
+};
+
+/// Moves the state of a session on by what the traces of some tokens say.
+template <class T>
+class Keeper {
+ public:
+  Keeper(const DecodingModel& model, std::span<const DecodingToken> tokens, Team& team)
+      : model_(model), sizes_(model.sizes), tokens_(tokens), trace_(model), team_(team) {}
+
+  void run() {
+    for (std::size_t number = 0; number < model_.layers.size(); ++number) {
+      const DecodingLayer& layer = model_.layers[number];
+      const auto memories = layer.memory.output.data ? sizes_.memory_value_heads : 0;
+      const auto rings = layer.attention.output.data ? 1 : 0;
+      team_.loop(memories + rings, [&](std::int64_t task) {
+        if (task < memories) {
+          write(layer.memory, number, task);
+        } else {
+          fill_ring(number);
+        }
+      });
+      if (memories > 0) move_inputs(number);
+    }
+    if (model_.fast_head) keep_head();
+  }
+
+ private:
+  const DecodingState& state(std::size_t number) const { return tokens_.front().states[number]; }
+
+  void write(const DecodingMemory& m, std::size_t number, std::int64_t head) const {
+    const auto K = sizes_.memory_key_size;
+    const auto V = sizes_.memory_value_size;
+    const auto key_head = head / (sizes_.memory_value_heads / sizes_.memory_heads);
+    alignas(64) float k[kMaxHeadSize];
+    alignas(64) float o[kMaxHeadSize];
+    for (const DecodingToken& token : tokens_) {
+      const LayerTrace trace = trace_.layer(token.trace, number);
+      const float* key = trace.features + sizes_.keys() + key_head * K;
+      scale_row(key, inverse_norm(key, K), K, k);
+      const auto [decay, beta] =
+          write_of_head(model_, m, trace.beta[head], trace.decay[head], token.strength, head);
+      step_token(Token<float>{k, k, decay, beta, 0.0f}, K, V,
+                 trace.features + 2 * sizes_.keys() + head * V, state(number).memory + head * K * V,
+                 o);
+    }
+  }
+
+  void fill_ring(std::size_t number) const {
+    T* keys = static_cast<T*>(state(number).key);
+    T* values = static_cast<T*>(state(number).value);
+    for (const DecodingToken& token : tokens_) {
+      const LayerTrace trace = trace_.layer(token.trace, number);
+      const auto row = token.position % sizes_.attention_window * sizes_.width;
+      for (std::int64_t i = 0; i < sizes_.width; ++i) {
+        store(trace.key[i], keys + row + i);
+        store(trace.value[i], values + row + i);
+      }
+    }
+  }
+
+  void move_inputs(std::size_t number) const {
+    const auto channels = 2 * sizes_.keys() + sizes_.values();
+    const auto past = sizes_.convolution_size - 1;
+    if (past == 0) return;
+    T* inputs = static_cast<T*>(state(number).convolution);
+    for (const DecodingToken& token : tokens_) {
+      std::copy(inputs + channels, inputs + past * channels, inputs);
+      const float* newest = trace_.layer(token.trace, number).inputs;
+      for (std::int64_t c = 0; c < channels; ++c) {
+        store(newest[c], inputs + (past - 1) * channels + c);
+      }
+    }
+  }
+
+  void keep_head() {
+    const DecodingHeadState& head = tokens_.front().head;
+    const auto vocabulary = model_.output.rows;
+    const auto each = softmax_delta::kColumns;
+    team_.loop(divide_up(vocabulary, each), [&](std::int64_t task) {
+      const auto begin = task * each;
+      const auto end = std::min(vocabulary, begin + each);
+      for (const DecodingToken& token : tokens_) {
+        const HeadTrace trace = trace_.head(token.trace);
+        write_head(model_, head.state, token.strength, trace.key, trace.error, begin, end);
+      }
+    });
+    const HeadTrace last = trace_.head(tokens_.back().trace);
+    T* hidden = static_cast<T*>(head.hidden);
+    for (std::int64_t i = 0; i < sizes_.width; ++i) store(last.hidden[i], hidden + i);
+    std::copy_n(last.logits, vocabulary, head.logits);
+  }
+
+  const DecodingModel& model_;
+  const DecodingSizes& sizes_;
+  std::span<const DecodingToken> tokens_;
+  TraceLayout trace_;
   Team& team_;
 };
 
@@ -753,7 +991,19 @@ void decode(const DecodingModel& model, std::span<const DecodingToken> tokens, f
   });
 }
 
+void keep(const DecodingModel& model, std::span<const DecodingToken> tokens,
+          const Executor& executor) {
+  Team::run(executor, [&](Team& team) {
+    if (model.dtype == DType::kBFloat16) {
+      Keeper<hwy::bfloat16_t>(model, tokens, team).run();
+    } else {
+      Keeper<float>(model, tokens, team).run();
+    }
+  });
+}
+
 std::int64_t scratch_size(const DecodingModel& model) { return ScratchLayout(model).size(); }
+std::int64_t trace_size(const DecodingModel& model) { return TraceLayout(model).size(); }
 
 }  // namespace
 }  // namespace fastweights::core::HWY_NAMESPACE
@@ -764,7 +1014,9 @@ HWY_AFTER_NAMESPACE();
 namespace fastweights::core {
 
 HWY_EXPORT(decode);
+HWY_EXPORT(keep);
 HWY_EXPORT(scratch_size);
+HWY_EXPORT(trace_size);
 
 }  // namespace fastweights::core
 
@@ -773,6 +1025,17 @@ namespace fastweights::cpu {
 std::int64_t decoding_scratch(const DecodingModel& model, std::int64_t tokens) {
   using namespace core;  // HWY_DYNAMIC_DISPATCH takes an unqualified name
   return tokens * HWY_DYNAMIC_DISPATCH(scratch_size)(model);
+}
+
+std::int64_t decoding_trace(const DecodingModel& model) {
+  using namespace core;
+  return HWY_DYNAMIC_DISPATCH(trace_size)(model);
+}
+
+void keep_tokens(const DecodingModel& model, std::span<const DecodingToken> tokens,
+                 const Executor& executor) {
+  using namespace core;
+  if (!tokens.empty()) HWY_DYNAMIC_DISPATCH(keep)(model, tokens, executor);
 }
 
 void decode_tokens(const DecodingModel& model, std::span<const DecodingToken> tokens,

@@ -14,7 +14,7 @@
 #include "fastweights/core/aligned_buffer.hpp"
 #include "fastweights/core/decoding.hpp"
 
-// A token of many sessions at once, against each of them alone: the same bits.
+// Tokens of many sessions at once, and several of one, against each alone: the same bits.
 
 using fastweights::core::AlignedBuffer;
 using fastweights::core::DType;
@@ -23,11 +23,13 @@ using fastweights::core::serial_executor;
 using fastweights::cpu::decode_token;
 using fastweights::cpu::decode_tokens;
 using fastweights::cpu::decoding_scratch;
+using fastweights::cpu::decoding_trace;
 using fastweights::cpu::DecodingHeadState;
 using fastweights::cpu::DecodingModel;
 using fastweights::cpu::DecodingSizes;
 using fastweights::cpu::DecodingState;
 using fastweights::cpu::DecodingToken;
+using fastweights::cpu::keep_tokens;
 using fastweights::cpu::Weights;
 
 namespace {
@@ -275,6 +277,92 @@ TEST_CASE("a session gets the same bits alone and in any company", "[decoding]")
         CHECK(logits == expected);
       }
       CHECK(together == alone);
+    }
+  }
+}
+
+namespace {
+
+/// What a pass over successive tokens of each of some sessions has left.
+struct Passed {
+  Floats logits;               // [sessions · count, vocabulary]
+  std::vector<Floats> traces;  // of each token
+};
+
+/// Tokens `step`, … of all sessions in one pass.
+Passed read_ahead(const RandomModel& random, std::vector<SessionState>& states, std::int64_t step,
+                  std::int64_t count, const Executor& executor) {
+  Passed passed;
+  std::vector<std::vector<DecodingState>> views;
+  std::vector<DecodingToken> tokens;
+  passed.traces.assign(
+      states.size() * static_cast<std::size_t>(count),
+      Floats(static_cast<std::size_t>(decoding_trace(random.model)), std::nanf("")));
+  for (SessionState& state : states) views.push_back(state.views());
+  for (std::size_t i = 0; i < states.size(); ++i) {
+    const auto session = static_cast<std::int64_t>(i);
+    for (std::int64_t j = 0; j < count; ++j) {
+      tokens.push_back({token_of(session, step + j), states[i].position++, strength_of(session),
+                        views[i].data(), states[i].head(), nullptr,
+                        passed.traces[tokens.size()].data()});
+    }
+  }
+  const auto all = static_cast<std::int64_t>(tokens.size());
+  AlignedBuffer<float> scratch(static_cast<std::size_t>(decoding_scratch(random.model, all)));
+  std::ranges::fill(scratch.span(), std::nanf(""));
+  passed.logits.assign(tokens.size() * kVocabulary, std::nanf(""));
+  decode_tokens(random.model, tokens, scratch.data(), passed.logits.data(), executor);
+  return passed;
+}
+
+/// Keeps the first `count` tokens of a pass over `of` tokens of each session.
+void keep(const RandomModel& random, std::vector<SessionState>& states, Passed& passed,
+          std::int64_t step, std::int64_t of, std::int64_t count, const Executor& executor) {
+  for (std::size_t i = 0; i < states.size(); ++i) {
+    const auto session = static_cast<std::int64_t>(i);
+    const auto views = states[i].views();
+    std::vector<DecodingToken> tokens;
+    for (std::int64_t j = 0; j < count; ++j) {
+      const auto index = i * static_cast<std::size_t>(of) + static_cast<std::size_t>(j);
+      tokens.push_back({token_of(session, step + j), states[i].position++, strength_of(session),
+                        views.data(), states[i].head(), nullptr, passed.traces[index].data()});
+    }
+    keep_tokens(random.model, tokens, executor);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("successive tokens of a session get the same bits in one pass", "[decoding]") {
+  constexpr std::int64_t kAhead = 7;  // more than the window and the convolution hold
+  for (const Kind& kind : kinds()) {
+    const RandomModel random(kind);
+    for (const std::int64_t sessions : {1, 3}) {
+      INFO(kind.name << ", " << sessions << " sessions");
+      const std::vector<SessionState> before = started(random, sessions);
+      const Executor executor =
+          sessions == 3 ? fastweights::test::two_threads() : serial_executor();
+      std::vector<SessionState> together = before;
+      Passed passed = read_ahead(random, together, 0, kAhead, executor);
+      std::vector<SessionState> alone = before;
+      std::vector<std::vector<SessionState>> at_step = {before};
+      Floats expected(passed.logits.size());
+      for (std::int64_t j = 0; j < kAhead; ++j) {
+        for (std::int64_t i = 0; i < sessions; ++i) {
+          Floats own;
+          read_alone(random, alone[static_cast<std::size_t>(i)], i, j, own);
+          std::ranges::copy(own, expected.begin() + (i * kAhead + j) * kVocabulary);
+        }
+        at_step.push_back(alone);
+      }
+      CHECK(passed.logits == expected);
+      CHECK(together == alone);
+      for (std::int64_t count = 0; count <= kAhead; ++count) {
+        INFO(count << " kept");
+        std::vector<SessionState> kept = before;
+        keep(random, kept, passed, 0, kAhead, count, executor);
+        CHECK(kept == at_step[static_cast<std::size_t>(count)]);
+      }
     }
   }
 }

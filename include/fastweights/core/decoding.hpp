@@ -7,10 +7,10 @@
 #include "fastweights/core/array.hpp"
 #include "fastweights/core/executor.hpp"
 
-// One token of each of some sessions through a whole language model, for decoding: the weights are
-// streamed from memory once for all of them, and between the weights everything stays in cache.
-// Compiled for several instruction sets. The arithmetic is fp32. Results depend neither on the
-// executor nor on the other sessions: not by a bit.
+// Tokens of some sessions through a whole language model, for decoding: the weights are streamed
+// from memory once for all of them, and between the weights everything stays in cache. Compiled for
+// several instruction sets. The arithmetic is fp32. Results depend neither on the executor nor on
+// what else is in the call: not by a bit.
 
 namespace fastweights::cpu {
 
@@ -100,7 +100,7 @@ struct DecodingHeadState {
   float* logits = nullptr;  // [vocabulary]
 };
 
-/// A session's next token.
+/// A token that a session reads.
 struct DecodingToken {
   std::int64_t token = 0;
   std::int64_t position = 0;  ///< tokens before it in its sequence
@@ -111,20 +111,35 @@ struct DecodingToken {
   DecodingHeadState head = {};            ///< null where the model has none
   /// Null, or gets the final hidden state, normed, that the logits are made of [width].
   float* hidden = nullptr;
+  /// Null, or gets what keep_tokens() needs of the token: decoding_trace() elements.
+  float* trace = nullptr;
 };
 
 /// fp32 elements of scratch memory that so many tokens need.
 std::int64_t decoding_scratch(const DecodingModel& model, std::int64_t tokens = 1);
 
-/// Reads a token of each of some sessions and writes the logits of the next ones. A session gets
-/// the bits that it gets alone, whatever others there are. Sizes are not checked.
-/// @param tokens  of sessions whose states are not each other's, fewer than 2^20 over all heads
+/// fp32 elements of a token's trace.
+std::int64_t decoding_trace(const DecodingModel& model);
+
+/// Reads tokens of some sessions and writes the logits of what comes after each. A session gets the
+/// bits that it gets alone and token by token, whatever else there is. Sizes are not checked.
+/// @param tokens  fewer than 2^20 over all heads. Neighbours whose `states` are the same array are
+///                successive tokens of one session; the states of different sessions are not each
+///                other's.
 /// @param scratch 64-byte aligned, overwritten
 /// @param logits  fp32 [tokens, vocabulary]
 void decode_tokens(const DecodingModel& model, std::span<const DecodingToken> tokens,
                    float* scratch, float* logits, const Executor& executor);
 
-/// The same for one session. DecodingToken tells what its parts are.
+/// Does to the states of a session what reading some tokens has done to a copy of them, without the
+/// model: writes, keys and inputs come from the traces. So the first of several tokens that were
+/// read on a copy can be kept without the others, as after speculative decoding.
+/// @param tokens successive ones of one session, with its states as they were before the first, and
+///               the traces that decode_tokens() has left
+void keep_tokens(const DecodingModel& model, std::span<const DecodingToken> tokens,
+                 const Executor& executor);
+
+/// One token of one session. DecodingToken tells what its parts are.
 /// @param states one for each layer
 /// @param logits fp32 [vocabulary]
 void decode_token(const DecodingModel& model, std::int64_t token, std::int64_t position,
