@@ -81,14 +81,17 @@ at::Tensor token_bits(GuardedSession& self, const py::bytes& text, const py::obj
 
 py::bytes write(GuardedSession& self, std::int64_t max_tokens, double temperature,
                 std::int64_t top_k, double top_p, std::optional<std::uint64_t> seed,
-                std::vector<std::string> stop, const py::object& on_token) {
-  const WriteOptions options{.max_tokens = max_tokens,
-                             .temperature = temperature,
-                             .top_k = top_k,
-                             .top_p = top_p,
-                             .seed = seed,
-                             .stop = std::move(stop),
-                             .on_token = on_token_of(on_token)};
+                std::vector<std::string> stop, const py::object& on_token, std::int64_t ahead,
+                const py::object& guess) {
+  WriteOptions options{.max_tokens = max_tokens,
+                       .temperature = temperature,
+                       .top_k = top_k,
+                       .top_p = top_p,
+                       .seed = seed,
+                       .stop = std::move(stop),
+                       .on_token = on_token_of(on_token),
+                       .ahead = ahead};
+  if (!guess.is_none()) options.guess = guess_of(guess);
   return py::bytes(self.use([&](Session& session) { return session.write(options); }));
 }
 
@@ -253,7 +256,8 @@ void bind_session(py::module_& module) {
       .def("score", &score, py::arg("text"), py::arg("progress"))
       .def("token_bits", &token_bits, py::arg("text"), py::arg("progress"))
       .def("write", &write, py::arg("max_tokens"), py::arg("temperature"), py::arg("top_k"),
-           py::arg("top_p"), py::arg("seed"), py::arg("stop"), py::arg("on_token"))
+           py::arg("top_p"), py::arg("seed"), py::arg("stop"), py::arg("on_token"),
+           py::arg("ahead"), py::arg("guess"))
       .def("logits",
            [](GuardedSession& self) { return self.use([](Session& s) { return s.logits(); }); })
       .def("state",

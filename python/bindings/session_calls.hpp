@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <string_view>
 
 #include "fastweights/session/session.hpp"
@@ -39,6 +40,14 @@ inline std::function<bool(std::string_view)> on_token_of(const pybind11::object&
     const pybind11::gil_scoped_acquire gil;
     check_signals();
     return callback.is_none() || goes_on(callback(pybind11::bytes(bytes.data(), bytes.size())));
+  };
+}
+
+inline std::function<std::string(std::string_view, std::int64_t)> guess_of(
+    const pybind11::object& callback) {
+  return [&callback](std::string_view text, std::int64_t most) {
+    const pybind11::gil_scoped_acquire gil;
+    return std::string(pybind11::bytes(callback(pybind11::bytes(text.data(), text.size()), most)));
   };
 }
 

@@ -64,13 +64,14 @@ void read(SessionPool& self, const std::string& id, const py::bytes& text,
 py::bytes write(SessionPool& self, const std::string& id, std::int64_t max_tokens,
                 double temperature, std::int64_t top_k, double top_p,
                 std::optional<std::uint64_t> seed, std::vector<std::string> stop,
-                const py::object& on_token) {
+                const py::object& on_token, std::int64_t ahead) {
   WriteOptions options{.max_tokens = max_tokens,
                        .temperature = temperature,
                        .top_k = top_k,
                        .top_p = top_p,
                        .seed = seed,
-                       .stop = std::move(stop)};
+                       .stop = std::move(stop),
+                       .ahead = ahead};
   if (!on_token.is_none()) options.on_token = on_token_of(on_token);
   std::string text;
   {
@@ -131,7 +132,7 @@ void bind_session_pool(py::module_& module) {
       .def("read", &read, py::arg("name"), py::arg("text"), py::arg("progress"))
       .def("write", &write, py::arg("name"), py::arg("max_tokens"), py::arg("temperature"),
            py::arg("top_k"), py::arg("top_p"), py::arg("seed"), py::arg("stop"),
-           py::arg("on_token"))
+           py::arg("on_token"), py::arg("ahead"))
       .def("save", &SessionPool::save, py::arg("name"), py::arg("path"), no_gil)
       .def("use", &use, py::arg("name"), py::arg("work"))
       .def("report", &report);

@@ -166,6 +166,8 @@ class Session:
         seed: int | None = None,
         stop: Text | Sequence[Text] = (),
         on_token: Callable[[str], bool | None] | None = None,
+        ahead: int = 0,
+        guess: Callable[[bytes, int], Text] | None = None,
     ) -> str:
         """Writes on from here, learns what it writes, and returns it.
 
@@ -181,12 +183,31 @@ class Session:
             stop: writing stops as soon as the text ends with one of these; the text includes it.
             on_token: called with each piece of text once it has been learned and its characters are
                 complete; returning False stops writing.
+            ahead: speculative decoding: at most so many bytes, in [0, 64], are guessed and read in
+                one pass with the one before them. Those that turn out to be what is written are
+                kept, the others leave no trace. Text and session are the same to the bit; only the
+                time differs. Guesses are what followed the same words earlier in the session's
+                text, so it pays where a text repeats itself. Without fused kernels, or under a
+                write policy with a gate for surprise or caps, nothing is guessed.
+            guess: guesses in place of that look-up, from a small model, say. Called with the bytes
+                since it was last asked (at first, the byte that was written first) and how many
+                bytes are wanted; returns what may follow.
 
         Raises:
-            Error: an option is out of range, or a stop string is empty.
+            Error: an option is out of range, a stop string is empty, or there is a `guess` where
+                `ahead` is 0.
         """
+        told = None if guess is None else lambda text, most: _to_bytes(guess(text, most))
         return _write(
-            self._session.write, max_tokens, temperature, top_k, top_p, seed, stop, on_token
+            lambda *options: self._session.write(*options, told),
+            max_tokens,
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            stop,
+            on_token,
+            ahead,
         )
 
     def mark(self) -> Mark:
@@ -523,6 +544,7 @@ def _write(
     seed: int | None,
     stop: Text | Sequence[Text],
     on_token: Callable[[str], bool | None] | None,
+    ahead: int,
 ) -> str:
     """What `Session.write` and `SessionPool.write` make of bytes that come one by one."""
     stream = _TokenStream(on_token) if on_token else None
@@ -534,6 +556,7 @@ def _write(
         None if seed is None else _checked_seed(seed),
         _stops(stop),
         stream,
+        ahead,
     )
     if stream:
         stream.finish()

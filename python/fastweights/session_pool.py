@@ -140,10 +140,11 @@ class SessionPool:
         seed: int | None = None,
         stop: Text | Sequence[Text] = (),
         on_token: Callable[[str], bool | None] | None = None,
+        ahead: int = 0,
     ) -> str:
-        """`Session.write`, with the same options."""
+        """`Session.write`, with the same options but for `guess`."""
         write = functools.partial(self._pool.write, name)
-        return _write(write, max_tokens, temperature, top_k, top_p, seed, stop, on_token)
+        return _write(write, max_tokens, temperature, top_k, top_p, seed, stop, on_token, ahead)
 
     def save(self, name: str, path: str | os.PathLike[str]) -> None:
         """`Session.save`."""

@@ -229,8 +229,8 @@ cpu::DecodingHeadState head_of(const nn::HeadState& head) {
           head.logits.mutable_data_ptr<float>()};
 }
 
-std::int64_t& position_of(const DecoderStep& step) {
-  return *step.state->position.mutable_data_ptr<std::int64_t>();
+std::int64_t& position_of(const nn::LanguageModelState& state) {
+  return *state.position.mutable_data_ptr<std::int64_t>();
 }
 
 cpu::DecodingState state_of(const nn::BlockState& block) {
@@ -281,33 +281,96 @@ std::unique_ptr<Decoder> Decoder::make(const nn::LanguageModelImpl& model) {
   return decoder;
 }
 
-void Decoder::step(const nn::LanguageModelImpl& model, std::span<const DecoderStep> steps) const {
+namespace {
+
+std::vector<cpu::DecodingState> states_of(const nn::LanguageModelState& state) {
+  std::vector<cpu::DecodingState> states;
+  states.reserve(state.blocks.size());
+  for (const auto& block : state.blocks) states.push_back(state_of(block));
+  return states;
+}
+
+float* row_of(const at::Tensor& rows, std::int64_t i) {
+  return rows.defined() ? rows.mutable_data_ptr<float>() + i * rows.size(1) : nullptr;
+}
+
+/// Tokens of a decoder's pass, with what they point at.
+class Pass {
+ public:
+  Pass(std::size_t sessions, std::size_t tokens) {
+    states_.reserve(sessions);
+    tokens_.reserve(tokens);
+  }
+
+  void add(const DecoderStep& step, std::int64_t width) {
+    if (step.hidden != nullptr) *step.hidden = at::empty({width}, at::kFloat);
+    const auto* states = states_.emplace_back(states_of(*step.state)).data();
+    tokens_.push_back({step.token, position_of(*step.state)++, step.strength, states,
+                       head_of(step.state->head),
+                       step.hidden != nullptr ? step.hidden->mutable_data_ptr<float>() : nullptr});
+  }
+
+  void add(const ReadAhead& ahead, std::int64_t count, const nn::LanguageModelState& state) {
+    const auto* states = states_.emplace_back(states_of(state)).data();
+    for (std::int64_t i = 0; i < count; ++i) {
+      tokens_.push_back({ahead.tokens[static_cast<std::size_t>(i)], position_of(state)++,
+                         ahead.strength, states, head_of(state.head), row_of(ahead.hidden, i),
+                         row_of(ahead.traces, i)});
+    }
+  }
+
+  std::span<const cpu::DecodingToken> tokens() const { return tokens_; }
+
+ private:
+  std::vector<std::vector<cpu::DecodingState>> states_;
+  std::vector<cpu::DecodingToken> tokens_;
+};
+
+}  // namespace
+
+void Decoder::step(const nn::LanguageModelImpl& model, std::span<const DecoderStep> steps,
+                   std::span<const DecoderAhead> ahead) const {
   std::optional<cpu::DecodingModel> cut;
   if (!all_on(model)) cut = with_switches(model_, model);
   const cpu::DecodingModel& plan = cut ? *cut : model_;
-  std::vector<cpu::DecodingState> states;
-  states.reserve(steps.size() * plan.layers.size());
-  std::vector<cpu::DecodingToken> tokens;
-  tokens.reserve(steps.size());
-  for (const DecoderStep& step : steps) {
-    const cpu::DecodingState* first = states.data() + states.size();
-    for (const auto& block : step.state->blocks) states.push_back(state_of(block));
-    if (step.hidden != nullptr) *step.hidden = at::empty({plan.sizes.width}, at::kFloat);
-    tokens.push_back({step.token, position_of(step), step.strength, first,
-                      head_of(step.state->head),
-                      step.hidden != nullptr ? step.hidden->mutable_data_ptr<float>() : nullptr});
+  std::size_t count = steps.size();
+  for (const DecoderAhead& each : ahead) count += each.tokens.size();
+  Pass pass(steps.size() + ahead.size(), count);
+  for (const DecoderStep& step : steps) pass.add(step, plan.sizes.width);
+  for (const DecoderAhead& each : ahead) {
+    const auto tokens = std::ssize(each.tokens);
+    *each.out = {.tokens = {each.tokens.begin(), each.tokens.end()},
+                 .strength = each.strength,
+                 .state = each.state->clone(),
+                 .traces = at::empty({tokens, cpu::decoding_trace(plan)}, at::kFloat)};
+    if (each.hidden) each.out->hidden = at::empty({tokens, plan.sizes.width}, at::kFloat);
+    pass.add(*each.out, tokens, each.out->state);
   }
-  const auto count = std::ssize(steps);
-  core::AlignedBuffer<float> scratch(static_cast<std::size_t>(cpu::decoding_scratch(plan, count)));
-  at::Tensor logits = at::empty({count, plan.output.rows}, at::kFloat);
-  cpu::decode_tokens(plan, tokens, scratch.data(), logits.mutable_data_ptr<float>(),
+  const auto all = static_cast<std::int64_t>(count);
+  core::AlignedBuffer<float> scratch(static_cast<std::size_t>(cpu::decoding_scratch(plan, all)));
+  at::Tensor logits = at::empty({all, plan.output.rows}, at::kFloat);
+  cpu::decode_tokens(plan, pass.tokens(), scratch.data(), logits.mutable_data_ptr<float>(),
                      parallel_executor());
-  for (std::int64_t i = 0; i < count; ++i) {
-    const DecoderStep& step = steps[static_cast<std::size_t>(i)];
-    ++position_of(step);
+  std::int64_t row = 0;
+  for (const DecoderStep& step : steps) {
     // Of its own: a session does not keep the logits of others.
-    *step.logits = count == 1 ? logits[0] : logits[i].clone();
+    *step.logits = all == 1 ? logits[0] : logits[row].clone();
+    ++row;
   }
+  for (const DecoderAhead& each : ahead) {
+    const auto tokens = std::ssize(each.tokens);
+    each.out->logits = logits.slice(0, row, row + tokens).clone();
+    row += tokens;
+  }
+}
+
+void Decoder::keep(const nn::LanguageModelImpl& model, const ReadAhead& ahead, std::int64_t count,
+                   nn::LanguageModelState& state) const {
+  std::optional<cpu::DecodingModel> cut;
+  if (!all_on(model)) cut = with_switches(model_, model);
+  Pass pass(1, static_cast<std::size_t>(count));
+  pass.add(ahead, count, state);
+  cpu::keep_tokens(cut ? *cut : model_, pass.tokens(), parallel_executor());
 }
 
 }  // namespace fastweights::detail

@@ -23,6 +23,25 @@ struct DecoderStep {
   at::Tensor* hidden = nullptr;             ///< null, or gets the final hidden state: fp32 [width]
 };
 
+/// Tokens that were read in one pass on a copy of a state: some of them, or none, may be kept.
+struct ReadAhead {
+  std::vector<std::int64_t> tokens;
+  float strength = 1.0F;         ///< of each of them
+  nn::LanguageModelState state;  ///< after all of them
+  at::Tensor logits;             ///< after each of them, fp32 [T, vocabulary]
+  at::Tensor hidden;             ///< undefined, or the final hidden states: fp32 [T, width]
+  at::Tensor traces;             ///< fp32 [T, cpu::decoding_trace]
+};
+
+/// Several tokens of a session, to be read ahead.
+struct DecoderAhead {
+  std::span<const std::int64_t> tokens;           ///< at least one
+  const nn::LanguageModelState* state = nullptr;  ///< of a batch of one; stays as it is
+  float strength = 1.0F;
+  bool hidden = false;  ///< whether the hidden states are wanted
+  ReadAhead* out = nullptr;
+};
+
 /// Steps a model token by token on the fused kernels, without the dispatcher. It reads the model's
 /// matrices where they lie, and keeps copies of its vectors alone.
 class Decoder {
@@ -34,10 +53,15 @@ class Decoder {
   /// ask.
   static std::shared_ptr<const Decoder> of(const nn::LanguageModelImpl& model);
 
-  /// Reads a token of each of some sessions: the weights pass once for all of them, and each gets
-  /// the bits that it gets alone.
+  /// Reads a token of each of some sessions, and several ahead of others: the weights pass once for
+  /// all of them, and each gets the bits that it gets alone, token by token.
   /// @param model the decoder's, for its switches
-  void step(const nn::LanguageModelImpl& model, std::span<const DecoderStep> steps) const;
+  void step(const nn::LanguageModelImpl& model, std::span<const DecoderStep> steps,
+            std::span<const DecoderAhead> ahead = {}) const;
+
+  /// Moves a state on by the first `count` tokens that were read ahead of it, without the model.
+  void keep(const nn::LanguageModelImpl& model, const ReadAhead& ahead, std::int64_t count,
+            nn::LanguageModelState& state) const;
 
  private:
   Decoder() = default;

@@ -19,6 +19,9 @@ namespace {
 /// Written tokens between two checkpoints: each is a copy of the state.
 constexpr std::int64_t kWrittenSpacing = 64;
 
+/// Written tokens that are replayed in one pass.
+constexpr std::int64_t kReplayedAtOnce = 16;
+
 at::Device device_of(const nn::LanguageModelImpl& model) {
   return model.embedding->weight.device();
 }
@@ -69,6 +72,51 @@ at::Tensor bits_of(std::span<const std::int64_t> tokens, const at::Tensor& befor
   return at::log_softmax(ahead, 1).gather(1, ids).squeeze(1).mul(-1.0 / std::log(2.0)).cpu();
 }
 
+// ---- reading ahead
+
+const Place& Replay::place() {
+  settle();
+  return place_;
+}
+
+bool Replay::has_read(std::int64_t token) const {
+  return ahead_ && taken_ < std::ssize(ahead_->tokens) &&
+         ahead_->tokens[static_cast<std::size_t>(taken_)] == token;
+}
+
+/// Whether what a token does to the state can be known before the one ahead of it is: a gate for
+/// surprise asks for its prediction, a cap changes the state after each.
+bool Replay::may_read_ahead() const {
+  return !policy_.surprise && !policy_.caps_norms() && strength_under(policy_, 1.0F, 0.0) <= 1.0F;
+}
+
+/// Takes the next of the tokens that were read ahead.
+void Replay::take_ahead(at::Tensor& hidden) {
+  place_.logits = ahead_->logits[taken_].clone();
+  if (ahead_->hidden.defined()) hidden = ahead_->hidden[taken_].clone();
+  ++taken_;
+}
+
+/// Moves the state to where the tokens that were taken end, and forgets the others.
+void Replay::settle() {
+  if (!ahead_) return;
+  if (taken_ == std::ssize(ahead_->tokens)) {
+    place_.state = std::move(ahead_->state);
+    own_ = true;
+  } else {
+    own_state();
+    Decoder::of(model_)->keep(model_, *ahead_, taken_, place_.state);
+  }
+  ahead_.reset();
+  taken_ = 0;
+}
+
+std::int64_t Replay::most_guesses(std::int64_t position) {
+  return (kWrittenSpacing - position % kWrittenSpacing) % kWrittenSpacing;
+}
+
+// ---- steps
+
 /// What the model predicts at this place, without the exact store.
 at::Tensor Replay::predictions() const {
   return place_.recollection ? place_.recollection->logits().to(device_of(model_)) : place_.logits;
@@ -108,6 +156,7 @@ float Replay::policy_strength(std::int64_t token) const {
 }
 
 at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const float> given) {
+  settle();
   const at::Device device = device_of(model_);
   const std::vector<float> strengths = policy_strengths(tokens, given);
   nn::ForwardOptions options = options_for(strengths, device);
@@ -129,39 +178,45 @@ at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const fl
   return rows;
 }
 
-void Replay::write(std::int64_t token) {
-  const WrittenToken one{this, token};
-  write_each(model_, {&one, 1});
-}
-
 void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const WrittenToken> tokens) {
-  std::vector<at::Tensor> hidden(tokens.size());
-  std::vector<DecoderStep> steps;
-  steps.reserve(tokens.size());
-  for (const auto& [replay, token] : tokens) {
-    replay->own_state();
-    Place& place = replay->place_;
-    steps.push_back({.token = token,
-                     .state = &place.state,
-                     .logits = &place.logits,
-                     .strength = replay->policy_strength(token),
-                     .hidden = place.recollection ? &hidden[steps.size()] : nullptr});
-  }
   const auto decoder = Decoder::of(model);
-  std::vector<DecoderStep> fused;
-  fused.reserve(steps.size());
-  for (std::size_t i = 0; i < steps.size(); ++i) {
-    // The kernels limit a β without counting it.
-    if (decoder && steps[i].strength <= 1.0F) {
-      fused.push_back(steps[i]);
-    } else {
-      tokens[i].replay->step_by_modules(steps[i]);
+  std::vector<at::Tensor> hidden(tokens.size());
+  std::vector<float> strengths(tokens.size());
+  std::vector<DecoderStep> steps;
+  std::vector<DecoderAhead> ahead;
+  std::vector<std::vector<std::int64_t>> runs;
+  runs.reserve(tokens.size());
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    const auto& [replay, token, guesses] = tokens[i];
+    strengths[i] = replay->policy_strength(token);
+    if (replay->has_read(token)) continue;
+    replay->settle();
+    Place& place = replay->place_;
+    const bool wants_hidden = place.recollection != nullptr;
+    if (decoder && !guesses.empty() && replay->may_read_ahead()) {
+      auto& run = runs.emplace_back(guesses.begin(), guesses.end());
+      run.insert(run.begin(), token);
+      ahead.push_back({run, &place.state, strengths[i], wants_hidden, &replay->ahead_.emplace()});
+      continue;
+    }
+    replay->own_state();
+    const DecoderStep step{.token = token,
+                           .state = &place.state,
+                           .logits = &place.logits,
+                           .strength = strengths[i],
+                           .hidden = wants_hidden ? &hidden[i] : nullptr};
+    if (decoder && step.strength <= 1.0F) {
+      steps.push_back(step);
+    } else {  // the kernels limit a β without counting it
+      replay->step_by_modules(step);
     }
   }
-  if (!fused.empty()) decoder->step(model, fused);
+  if (!steps.empty() || !ahead.empty()) decoder->step(model, steps, ahead);
   for (std::size_t i = 0; i < tokens.size(); ++i) {
-    tokens[i].replay->recollect(tokens[i].token, hidden[i], steps[i].strength);
-    tokens[i].replay->cap_norms();
+    Replay& replay = *tokens[i].replay;
+    if (replay.ahead_) replay.take_ahead(hidden[i]);
+    replay.recollect(tokens[i].token, hidden[i], strengths[i]);
+    replay.cap_norms();
   }
 }
 
@@ -206,15 +261,13 @@ void Replay::run(const SessionLog& log, std::int64_t begin, std::int64_t piece, 
                  const Progress& progress) {
   for (std::int64_t at = begin; at < log.end();) {
     const LogStep step = log.step_at(at, piece);
-    const auto tokens = log.tokens(step.begin, step.end);
     if (step.written) {
-      write(tokens.front());
-      checkpoint_written(step.end, journal);
+      at = write_span(log, at, piece, journal);
     } else {
-      read(tokens, log.strengths(step.begin, step.end));
+      read(log.tokens(step.begin, step.end), log.strengths(step.begin, step.end));
       journal.add(step.end, place_);
+      at = step.end;
     }
-    at = step.end;
     const bool go_on = !progress || progress(at - begin, log.end() - begin);
     if (!go_on && at < log.end()) {
       throw Cancelled("session: stopped after replaying " + std::to_string(at - begin) + " of " +
@@ -223,8 +276,25 @@ void Replay::run(const SessionLog& log, std::int64_t begin, std::int64_t piece, 
   }
 }
 
-void Replay::checkpoint_written(std::int64_t position, Journal& journal) const {
-  if (position % kWrittenSpacing == 0) journal.add(position, place_);
+/// Replays the written token at `begin`, and with it those written after it that a pass can take;
+/// returns where they end.
+std::int64_t Replay::write_span(const SessionLog& log, std::int64_t begin, std::int64_t piece,
+                                Journal& journal) {
+  std::int64_t end = begin + 1;
+  const std::int64_t most =
+      std::min(log.end(), end + std::min(kReplayedAtOnce - 1, most_guesses(end)));
+  while (end < most && log.step_at(end, piece).written) ++end;
+  const std::vector<std::int64_t> tokens = log.tokens(begin, end);
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    const WrittenToken token{this, tokens[i], std::span(tokens).subspan(i + 1)};
+    write_each(model_, {&token, 1});
+  }
+  checkpoint_written(end, journal);
+  return end;
+}
+
+void Replay::checkpoint_written(std::int64_t position, Journal& journal) {
+  if (position % kWrittenSpacing == 0) journal.add(position, place());
 }
 
 }  // namespace fastweights::detail

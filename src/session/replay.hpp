@@ -3,22 +3,27 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "decoder.hpp"
 #include "fastweights/session/log.hpp"
 #include "fastweights/session/session.hpp"
 #include "journal.hpp"
 
 namespace fastweights::detail {
 
-struct DecoderStep;
 class Replay;
 
-/// A token that a replay is to read.
+/// A token that a replay is to read, and a guess at those that come after it.
 struct WrittenToken {
   Replay* replay = nullptr;
   std::int64_t token = 0;
+  /// Read in the same pass, where the model is fused and the policy lets a token's strength and
+  /// state be known ahead; kept where they turn out to be the tokens that are written next. They
+  /// change nothing but the time it takes.
+  std::span<const std::int64_t> guesses = {};
 };
 
 /// Moves a place on through a text. All that a session computes goes through here, whether it is
@@ -30,18 +35,20 @@ class Replay {
   Replay(const nn::LanguageModelImpl& model, const WritePolicy& policy, Place place)
       : model_(model), policy_(policy), place_(std::move(place)) {}
 
-  const Place& place() const { return place_; }
+  /// Where it stands.
+  const Place& place();
+  /// The logits there.
+  const at::Tensor& logits() const { return place_.logits; }
+  /// Whether `token` has been read ahead, so that writing it costs nothing.
+  bool has_read(std::int64_t token) const;
 
   /// Reads tokens at once, with their strengths or none where all are 1; returns the logits after
   /// each of them, fp32 [T, vocabulary]. Throws Error, and stays where it is, if what the model
   /// computes is not finite.
   at::Tensor read(std::span<const std::int64_t> tokens, std::span<const float> strengths = {});
 
-  /// Reads one token as `Session::write` does.
-  void write(std::int64_t token);
-
-  /// The same for each of some replays of one model, none twice, in one pass over the weights; each
-  /// gets the bits that it gets alone.
+  /// Reads one token of each of some replays of one model, none twice, as `Session::write` does: in
+  /// one pass over the weights, and each gets the bits that it gets alone.
   static void write_each(const nn::LanguageModelImpl& model, std::span<const WrittenToken> tokens);
 
   /// Processes the log from `begin`, where the place stands, to its end, and leaves checkpoints.
@@ -50,10 +57,19 @@ class Replay {
            const Progress& progress);
 
   /// Leaves a checkpoint after a written token, now and then.
-  void checkpoint_written(std::int64_t position, Journal& journal) const;
+  void checkpoint_written(std::int64_t position, Journal& journal);
+
+  /// How many tokens may be guessed after one that ends at `position`, so that what is read ahead
+  /// ends where a checkpoint is left.
+  static std::int64_t most_guesses(std::int64_t position);
 
  private:
   void own_state();
+  void settle();
+  bool may_read_ahead() const;
+  void take_ahead(at::Tensor& hidden);
+  std::int64_t write_span(const SessionLog& log, std::int64_t begin, std::int64_t piece,
+                          Journal& journal);
   void step_by_modules(const DecoderStep& step);
   void recollect(std::int64_t token, const at::Tensor& hidden, float strength);
   at::Tensor predictions() const;
@@ -66,6 +82,8 @@ class Replay {
   const WritePolicy& policy_;
   Place place_;
   bool own_ = false;  // nobody else has the tensors of `place_`
+  std::optional<ReadAhead> ahead_;
+  std::int64_t taken_ = 0;  // of its tokens; `place_.state` is that before the first
 };
 
 /// −log2 p of each token, fp32 [T] on the CPU: the first under the logits `before` it

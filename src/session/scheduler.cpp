@@ -77,6 +77,9 @@ void Scheduler::read(Session& session, std::string_view text, const Progress& pr
 }
 
 std::string Scheduler::write(Session& session, const WriteOptions& options) {
+  if (options.guess) {
+    throw Error("session pool: guess is called by lone sessions only; ahead works without it");
+  }
   Writing writing(session, options);
   Job job{.session = session, .writing = &writing, .asks = writing.wants_to_ask()};
   const auto ask = [&] {
@@ -224,10 +227,10 @@ void Scheduler::write_tokens(Lock& lock) {
   Jobs going;
   Jobs over;
   for (Job* job : batch) {
-    std::optional<std::int64_t> token;
+    std::optional<WrittenToken> token;
     guarded(*job, [&] { token = job->writing->draw(); });
     (token ? going : over).push_back(job);
-    if (token) tokens.push_back({&job->writing->replay(), *token});
+    if (token) tokens.push_back(*token);
   }
   accept(tokens, going);
   lock.lock();

@@ -306,8 +306,8 @@ std::vector<float> Session::token_bits(std::string_view text, const Progress& pr
 std::string Session::write(const WriteOptions& options) {
   const c10::InferenceMode guard;
   detail::Writing writing(*this, options);
-  while (const std::optional<std::int64_t> token = writing.draw()) {
-    writing.replay().write(*token);
+  while (const auto token = writing.draw()) {
+    Replay::write_each(*model_, {&*token, 1});
     writing.accept();
     writing.ask();
   }

@@ -20,6 +20,12 @@ const WriteOptions& checked(const WriteOptions& options) {
     throw Error("session: max_tokens must be at least 0, got " +
                 std::to_string(options.max_tokens));
   }
+  if (options.ahead < 0 || options.ahead > 64) {
+    throw Error("session: ahead must be in [0, 64], got " + std::to_string(options.ahead));
+  }
+  if (options.guess && options.ahead == 0) {
+    throw Error("session: guess has no use where ahead is 0");
+  }
   if (std::any_of(options.stop.begin(), options.stop.end(), std::mem_fn(&std::string::empty))) {
     throw Error("session: a stop string must not be empty");
   }
@@ -39,24 +45,44 @@ Writing::Writing(const Session& session, const WriteOptions& options)
       replay_(*session.model_, session.options_.policy, session.place_),
       generator_(options.seed ? Generator{.seed = *options.seed} : session.generator_),
       journal_(*session.journal_),
+      guesses_(options, session.log_),
       begin_(session.position()) {}
 
-std::optional<std::int64_t> Writing::draw() {
+std::optional<WrittenToken> Writing::draw() {
   if (is_over()) return {};
-  const at::Tensor logits = replay_.place().logits.cpu();
+  const at::Tensor logits = replay_.logits().cpu();
   const std::span<const float> span(logits.const_data_ptr<float>(),
                                     static_cast<std::size_t>(logits.numel()));
   const Generator before = generator_;
   try {
-    written_.push_back(sample_token(span, {options_.temperature, options_.top_k, options_.top_p},
-                                    generator_.uniform()));
-    return written_.back();
+    const std::int64_t token = sample_token(
+        span, {options_.temperature, options_.top_k, options_.top_p}, generator_.uniform());
+    written_.push_back(token);
+    return WrittenToken{&replay_, token, guess(token)};
   } catch (...) {  // logits that are no numbers: the session keeps what was written until here
     generator_ = before;
-    thrown_ = std::current_exception();
-    more_ = false;
+    stop_with(std::current_exception());
     return {};
   }
+}
+
+/// What may come after a token that was drawn.
+std::span<const std::int64_t> Writing::guess(std::int64_t token) {
+  const bool foreseen = replay_.has_read(token);
+  guesses_.append(token, foreseen);
+  if (foreseen) return {};
+  const std::int64_t left = options_.max_tokens - std::ssize(written_);
+  try {
+    return guesses_.next(std::min(left, Replay::most_guesses(begin_ + std::ssize(written_))));
+  } catch (...) {
+    stop_with(std::current_exception());
+    return {};
+  }
+}
+
+void Writing::stop_with(std::exception_ptr thrown) {
+  thrown_ = std::move(thrown);
+  more_ = false;
 }
 
 void Writing::accept() {
@@ -73,8 +99,7 @@ void Writing::ask() {
   try {
     if (!options_.on_token(io::ByteTokenizer().decode(std::span(written_).last(1)))) more_ = false;
   } catch (...) {
-    thrown_ = std::current_exception();
-    more_ = false;
+    stop_with(std::current_exception());
   }
 }
 

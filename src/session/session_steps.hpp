@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "fastweights/session/session.hpp"
+#include "guesses.hpp"
 #include "journal.hpp"
 #include "replay.hpp"
 
@@ -22,7 +23,7 @@ namespace fastweights::detail {
 /// A call of `Session::write` that is under way. It works on copies: the session is as it was until
 /// `finish`. The steps, in inference mode but for `ask`:
 ///
-///     while (token = draw()) { replay() reads *token; accept(); ask(); }
+///     while (token = draw()) { Replay::write_each(model, {*token}); accept(); ask(); }
 ///     text = finish(session);
 class Writing {
  public:
@@ -30,9 +31,8 @@ class Writing {
   Writing(const Session& session, const WriteOptions& options);
 
   /// The token that is to be read next, or none if the text is at its end.
-  std::optional<std::int64_t> draw();
-  Replay& replay() { return replay_; }
-  /// Takes the token that was drawn into the text, after `replay` has read it.
+  std::optional<WrittenToken> draw();
+  /// Takes the token that was drawn into the text, after it was read.
   void accept();
   bool wants_to_ask() const { return static_cast<bool>(options_.on_token); }
   /// Calls `on_token` with the bytes of that token; what it throws is kept until `finish`.
@@ -43,10 +43,14 @@ class Writing {
   std::string finish(Session& session);
 
  private:
+  std::span<const std::int64_t> guess(std::int64_t token);
+  void stop_with(std::exception_ptr thrown);
+
   const WriteOptions& options_;
   Replay replay_;
   Generator generator_;
   Journal journal_;
+  Guesses guesses_;
   std::int64_t begin_;
   std::vector<std::int64_t> written_;
   std::string text_;

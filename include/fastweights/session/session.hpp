@@ -113,6 +113,17 @@ struct WriteOptions {
   std::vector<std::string> stop = {};
   /// Called with the bytes of each token once it has been learned; false stops writing.
   std::function<bool(std::string_view)> on_token = {};
+  /// Speculative decoding: at most so many tokens, in [0, 64], are guessed and read in one pass
+  /// with the one before them. Those that turn out to be what is written are kept, the others leave
+  /// no trace. Text and session are the same to the bit; only the time differs. Guesses are what
+  /// followed the same words earlier in the session's text, so it pays where a text repeats itself.
+  /// Without fused kernels, or under a write policy with a gate for surprise or caps, nothing is
+  /// guessed.
+  std::int64_t ahead = 0;
+  /// Guesses in place of that look-up, from a small model, say. Gets the text since it was last
+  /// asked (at first, the token that was written first) and how many tokens are wanted; returns
+  /// what may follow. Not in a SessionPool.
+  std::function<std::string(std::string_view, std::int64_t)> guess = {};
 };
 
 /// A running model that learns from what it reads and from what it writes.
