@@ -3,6 +3,9 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <iterator>
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -290,6 +293,79 @@ std::vector<cpu::DecodingState> states_of(const nn::LanguageModelState& state) {
   return states;
 }
 
+/// Calls `visit(slot, row)` with the rows of the rings in which `count` tokens from `position` on
+/// stand or are going to stand.
+template <class Visit>
+void for_each_row(const nn::LanguageModelState& state, std::int64_t position, std::int64_t count,
+                  Visit visit) {
+  for (const auto& block : state.blocks) {
+    for (const at::Tensor* ring : {&block.attention.key, &block.attention.value}) {
+      if (!ring->defined()) continue;
+      const std::int64_t window = ring->size(1);
+      const auto bytes = ring->nbytes() / static_cast<std::size_t>(window);
+      auto* first = static_cast<std::byte*>(ring->mutable_data_ptr());
+      for (std::int64_t i = 0; i < count; ++i) {
+        const auto slot = static_cast<std::size_t>((position + i) % window);
+        visit(std::span(first + slot * bytes, bytes));
+      }
+    }
+  }
+}
+
+void save_rows(const nn::LanguageModelState& state, std::int64_t count,
+               std::vector<std::byte>& rows) {
+  rows.clear();
+  for_each_row(state, position_of(state), count, [&](std::span<const std::byte> row) {
+    rows.insert(rows.end(), row.begin(), row.end());
+  });
+}
+
+void restore_rows(const ReadAhead& ahead, const nn::LanguageModelState& state) {
+  const auto* next = ahead.rows.data();
+  for_each_row(state, position_of(state), std::ssize(ahead.tokens), [&](std::span<std::byte> row) {
+    std::copy_n(next, row.size(), row.data());
+    next += row.size();
+  });
+}
+
+void copy_to(const at::Tensor& from, at::Tensor& to) {
+  if (!from.defined()) return;
+  if (to.defined() && to.sizes() == from.sizes() && to.dtype() == from.dtype()) {
+    to.copy_(from);
+  } else {
+    to = from.clone();
+  }
+}
+
+/// Copies all but the rings, which both states have then.
+void copy_state(const nn::LanguageModelState& from, nn::LanguageModelState& to) {
+  to.blocks.resize(from.blocks.size());
+  for (std::size_t i = 0; i < from.blocks.size(); ++i) {
+    copy_to(from.blocks[i].memory.state, to.blocks[i].memory.state);
+    copy_to(from.blocks[i].memory.conv, to.blocks[i].memory.conv);
+    to.blocks[i].attention = from.blocks[i].attention;
+  }
+  copy_to(from.position, to.position);
+  copy_to(from.head.state, to.head.state);
+  copy_to(from.head.hidden, to.head.hidden);
+  copy_to(from.head.logits, to.head.logits);
+}
+
+/// Fills all but the results.
+void prepare(const DecoderAhead& from, const cpu::DecodingModel& plan) {
+  ReadAhead& ahead = *from.out;
+  const auto tokens = std::ssize(from.tokens);
+  const std::int64_t trace = cpu::decoding_trace(plan);
+  ahead.tokens.assign(from.tokens.begin(), from.tokens.end());
+  ahead.strength = from.strength;
+  copy_state(*from.state, ahead.state);
+  save_rows(*from.state, tokens, ahead.rows);
+  const bool fits =
+      ahead.traces.defined() && ahead.traces.size(0) >= tokens && ahead.traces.size(1) == trace;
+  if (!fits) ahead.traces = at::empty({tokens, trace}, at::kFloat);
+  ahead.hidden = from.hidden ? at::empty({tokens, plan.sizes.width}, at::kFloat) : at::Tensor();
+}
+
 float* row_of(const at::Tensor& rows, std::int64_t i) {
   return rows.defined() ? rows.mutable_data_ptr<float>() + i * rows.size(1) : nullptr;
 }
@@ -338,13 +414,8 @@ void Decoder::step(const nn::LanguageModelImpl& model, std::span<const DecoderSt
   Pass pass(steps.size() + ahead.size(), count);
   for (const DecoderStep& step : steps) pass.add(step, plan.sizes.width);
   for (const DecoderAhead& each : ahead) {
-    const auto tokens = std::ssize(each.tokens);
-    *each.out = {.tokens = {each.tokens.begin(), each.tokens.end()},
-                 .strength = each.strength,
-                 .state = each.state->clone(),
-                 .traces = at::empty({tokens, cpu::decoding_trace(plan)}, at::kFloat)};
-    if (each.hidden) each.out->hidden = at::empty({tokens, plan.sizes.width}, at::kFloat);
-    pass.add(*each.out, tokens, each.out->state);
+    prepare(each, plan);
+    pass.add(*each.out, std::ssize(each.tokens), each.out->state);
   }
   const auto all = static_cast<std::int64_t>(count);
   core::AlignedBuffer<float> scratch(static_cast<std::size_t>(cpu::decoding_scratch(plan, all)));
@@ -368,9 +439,15 @@ void Decoder::keep(const nn::LanguageModelImpl& model, const ReadAhead& ahead, s
                    nn::LanguageModelState& state) const {
   std::optional<cpu::DecodingModel> cut;
   if (!all_on(model)) cut = with_switches(model_, model);
+  restore_rows(ahead, state);
   Pass pass(1, static_cast<std::size_t>(count));
   pass.add(ahead, count, state);
   cpu::keep_tokens(cut ? *cut : model_, pass.tokens(), parallel_executor());
+}
+
+std::int64_t Decoder::most_ahead() const {
+  const auto heads = model_.sizes.attention_heads;
+  return heads > 0 ? model_.sizes.attention_window : std::numeric_limits<std::int64_t>::max();
 }
 
 }  // namespace fastweights::detail

@@ -23,20 +23,22 @@ struct DecoderStep {
   at::Tensor* hidden = nullptr;             ///< null, or gets the final hidden state: fp32 [width]
 };
 
-/// Tokens that were read in one pass on a copy of a state: some of them, or none, may be kept.
+/// Tokens that were read in one pass ahead of a state: some of them, or none, may be kept. Its
+/// memory is used again by the next pass.
 struct ReadAhead {
   std::vector<std::int64_t> tokens;
   float strength = 1.0F;         ///< of each of them
-  nn::LanguageModelState state;  ///< after all of them
+  nn::LanguageModelState state;  ///< after all of them; its rings are those of the state before
   at::Tensor logits;             ///< after each of them, fp32 [T, vocabulary]
   at::Tensor hidden;             ///< undefined, or the final hidden states: fp32 [T, width]
-  at::Tensor traces;             ///< fp32 [T, cpu::decoding_trace]
+  at::Tensor traces;             ///< fp32 [≥ T, cpu::decoding_trace]
+  std::vector<std::byte> rows;   ///< what stood in the rings where the tokens stand now
 };
 
 /// Several tokens of a session, to be read ahead.
 struct DecoderAhead {
-  std::span<const std::int64_t> tokens;           ///< at least one
-  const nn::LanguageModelState* state = nullptr;  ///< of a batch of one; stays as it is
+  std::span<const std::int64_t> tokens;           ///< at least one, at most the window's
+  const nn::LanguageModelState* state = nullptr;  ///< of a batch of one; only its rings change
   float strength = 1.0F;
   bool hidden = false;  ///< whether the hidden states are wanted
   ReadAhead* out = nullptr;
@@ -59,9 +61,12 @@ class Decoder {
   void step(const nn::LanguageModelImpl& model, std::span<const DecoderStep> steps,
             std::span<const DecoderAhead> ahead = {}) const;
 
-  /// Moves a state on by the first `count` tokens that were read ahead of it, without the model.
+  /// Moves a state on by the first `count` tokens that were read ahead of it, without the model;
+  /// the others leave no trace.
   void keep(const nn::LanguageModelImpl& model, const ReadAhead& ahead, std::int64_t count,
             nn::LanguageModelState& state) const;
+  /// The most tokens that one pass can read ahead.
+  std::int64_t most_ahead() const;
 
  private:
   Decoder() = default;

@@ -80,8 +80,8 @@ const Place& Replay::place() {
 }
 
 bool Replay::has_read(std::int64_t token) const {
-  return ahead_ && taken_ < std::ssize(ahead_->tokens) &&
-         ahead_->tokens[static_cast<std::size_t>(taken_)] == token;
+  return is_ahead_ && taken_ < std::ssize(ahead_.tokens) &&
+         ahead_.tokens[static_cast<std::size_t>(taken_)] == token;
 }
 
 /// Whether what a token does to the state can be known before the one ahead of it is: a gate for
@@ -92,22 +92,20 @@ bool Replay::may_read_ahead() const {
 
 /// Takes the next of the tokens that were read ahead.
 void Replay::take_ahead(at::Tensor& hidden) {
-  place_.logits = ahead_->logits[taken_].clone();
-  if (ahead_->hidden.defined()) hidden = ahead_->hidden[taken_].clone();
+  place_.logits = ahead_.logits[taken_].clone();
+  if (ahead_.hidden.defined()) hidden = ahead_.hidden[taken_].clone();
   ++taken_;
 }
 
 /// Moves the state to where the tokens that were taken end, and forgets the others.
 void Replay::settle() {
-  if (!ahead_) return;
-  if (taken_ == std::ssize(ahead_->tokens)) {
-    place_.state = std::move(ahead_->state);
-    own_ = true;
+  if (!is_ahead_) return;
+  if (taken_ == std::ssize(ahead_.tokens)) {
+    std::swap(place_.state, ahead_.state);
   } else {
-    own_state();
-    Decoder::of(model_)->keep(model_, *ahead_, taken_, place_.state);
+    Decoder::of(model_)->keep(model_, ahead_, taken_, place_.state);
   }
-  ahead_.reset();
+  is_ahead_ = false;
   taken_ = 0;
 }
 
@@ -193,13 +191,15 @@ void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const Writ
     replay->settle();
     Place& place = replay->place_;
     const bool wants_hidden = place.recollection != nullptr;
+    replay->own_state();
     if (decoder && !guesses.empty() && replay->may_read_ahead()) {
-      auto& run = runs.emplace_back(guesses.begin(), guesses.end());
-      run.insert(run.begin(), token);
-      ahead.push_back({run, &place.state, strengths[i], wants_hidden, &replay->ahead_.emplace()});
+      auto& run = runs.emplace_back(1, token);
+      const auto most = std::min(std::ssize(guesses), decoder->most_ahead() - 1);
+      run.insert(run.end(), guesses.begin(), guesses.begin() + most);
+      ahead.push_back({run, &place.state, strengths[i], wants_hidden, &replay->ahead_});
+      replay->is_ahead_ = true;
       continue;
     }
-    replay->own_state();
     const DecoderStep step{.token = token,
                            .state = &place.state,
                            .logits = &place.logits,
@@ -214,7 +214,7 @@ void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const Writ
   if (!steps.empty() || !ahead.empty()) decoder->step(model, steps, ahead);
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     Replay& replay = *tokens[i].replay;
-    if (replay.ahead_) replay.take_ahead(hidden[i]);
+    if (replay.is_ahead_) replay.take_ahead(hidden[i]);
     replay.recollect(tokens[i].token, hidden[i], strengths[i]);
     replay.cap_norms();
   }

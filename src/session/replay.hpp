@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <optional>
 #include <span>
 #include <vector>
 
@@ -82,8 +81,9 @@ class Replay {
   const WritePolicy& policy_;
   Place place_;
   bool own_ = false;  // nobody else has the tensors of `place_`
-  std::optional<ReadAhead> ahead_;
-  std::int64_t taken_ = 0;  // of its tokens; `place_.state` is that before the first
+  ReadAhead ahead_;
+  bool is_ahead_ = false;   // `place_.state` is that before its first token
+  std::int64_t taken_ = 0;  // of its tokens
 };
 
 /// −log2 p of each token, fp32 [T] on the CPU: the first under the logits `before` it

@@ -144,8 +144,9 @@ TEST_CASE("tokens that were foreseen are read in one pass", "[ahead]") {
     return oracle.calls;
   };
   CHECK(calls(0) <= 16);  // 12 passes of ten tokens, but for those that a checkpoint cuts
-  CHECK(calls(1) >= 115);
-  CHECK(calls(10) < 60);
+  CHECK(calls(1) <= 10);  // there are ever longer pauses
+  CHECK(calls(3) > 30);
+  CHECK(calls(3) < 60);
 }
 
 TEST_CASE("a text that was read ahead can be edited like any other", "[ahead]") {
@@ -293,14 +294,20 @@ TEST_CASE("guesses are what followed the same words before", "[ahead]") {
   detail::Guesses guesses(options, log);
   guesses.append('d', false);
   CHECK(text_of(guesses.next(100)) == " is Aldous F");
-  SECTION("fewer after guesses that were wrong, more after right ones") {
+  SECTION("fewer and later after guesses that were wrong, more after right ones") {
     guesses.append(' ', false);
-    CHECK(text_of(guesses.next(100)) == "i");
-    guesses.append('i', true);
-    guesses.append('s', false);
-    CHECK(text_of(guesses.next(100)) == " Al");
+    CHECK(guesses.next(100).empty());
+    guesses.append('i', false);
+    CHECK(text_of(guesses.next(100)) == "s");
+    guesses.append('s', true);
+    guesses.append(' ', false);
+    CHECK(text_of(guesses.next(100)) == "Ald");
   }
-  SECTION("as many as are left") { CHECK(text_of(guesses.next(4)).size() <= 4); }
+  SECTION("as many as are left") {
+    detail::Guesses others(options, log);
+    others.append('d', false);
+    CHECK(text_of(others.next(4)) == " is ");
+  }
   SECTION("none where nothing was like it") {
     for (const char c : std::string("zqxjkvzqxjkv")) guesses.append(c, false);
     for (const char c : std::string("0123456789abcd")) guesses.append(c, false);
