@@ -1,6 +1,7 @@
 """A running model that learns from what it reads and from what it writes."""
 
 import codecs
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, overload
@@ -199,7 +200,7 @@ class Session:
         """
         told = None if guess is None else lambda text, most: _to_bytes(guess(text, most))
         return _write(
-            lambda *options: self._session.write(*options, told),
+            functools.partial(self._session.write, guess=told),
             max_tokens,
             temperature,
             top_k,
