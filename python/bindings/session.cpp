@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "end_to_end_fields.hpp"
 #include "fastweights/core/error.hpp"
 #include "fastweights/io/tokenizer.hpp"
 #include "fastweights/nn/language_model.hpp"
@@ -44,13 +45,15 @@ at::Tensor to_tensor(const std::vector<float>& values) {
 std::unique_ptr<GuardedSession> make(const Model& model, std::int64_t piece, std::uint64_t seed,
                                      std::int64_t journal_bytes,
                                      const std::optional<StoreFields>& store,
-                                     const PolicyFields& policy) {
-  return std::make_unique<GuardedSession>("session",
-                                          Session(model, {.piece = piece,
-                                                          .seed = seed,
-                                                          .journal_bytes = journal_bytes,
-                                                          .store = to_store_options(store),
-                                                          .policy = to_policy(policy)}));
+                                     const PolicyFields& policy,
+                                     const std::optional<EndToEndFields>& end_to_end) {
+  return std::make_unique<GuardedSession>(
+      "session", Session(model, {.piece = piece,
+                                 .seed = seed,
+                                 .journal_bytes = journal_bytes,
+                                 .store = to_store_options(store),
+                                 .policy = to_policy(policy),
+                                 .end_to_end = to_end_to_end(end_to_end)}));
 }
 
 std::unique_ptr<GuardedSession> load(const Path& path, const Model& model) {
@@ -193,16 +196,19 @@ py::dict report(GuardedSession& self) {
 std::unique_ptr<GuardedSession> replayed(GuardedSession& self, const Model& model,
                                          std::int64_t piece, std::int64_t journal_bytes,
                                          const std::optional<StoreFields>& store,
-                                         const PolicyFields& policy, const py::object& progress) {
+                                         const PolicyFields& policy,
+                                         const std::optional<EndToEndFields>& end_to_end,
+                                         const py::object& progress) {
   const SessionLog log = self.use([](Session& session) { return session.log(); });
   const py::gil_scoped_release no_gil;
-  return std::make_unique<GuardedSession>("session",
-                                          Session::from_log(model, log,
-                                                            {.piece = piece,
-                                                             .journal_bytes = journal_bytes,
-                                                             .store = to_store_options(store),
-                                                             .policy = to_policy(policy)},
-                                                            progress_of(progress)));
+  return std::make_unique<GuardedSession>(
+      "session", Session::from_log(model, log,
+                                   {.piece = piece,
+                                    .journal_bytes = journal_bytes,
+                                    .store = to_store_options(store),
+                                    .policy = to_policy(policy),
+                                    .end_to_end = to_end_to_end(end_to_end)},
+                                   progress_of(progress)));
 }
 
 std::unique_ptr<GuardedSession> rebase(GuardedSession& self, const Model& model,
@@ -240,7 +246,11 @@ std::unique_ptr<GuardedSession> copy(GuardedSession& self) {
 void bind_session(py::module_& module) {
   py::class_<GuardedSession>(module, "Session")
       .def(py::init(&make), py::arg("model"), py::arg("piece"), py::arg("seed"),
-           py::arg("journal_bytes"), py::arg("store"), py::arg("policy"))
+           py::arg("journal_bytes"), py::arg("store"), py::arg("policy"), py::arg("end_to_end"))
+      .def("end_to_end_options",
+           [](GuardedSession& self) {
+             return to_fields(self.use([](Session& s) { return s.options().end_to_end; }));
+           })
       .def("policy",
            [](GuardedSession& self) {
              return to_fields(self.use([](Session& s) { return s.options().policy; }));
@@ -290,7 +300,7 @@ void bind_session(py::module_& module) {
       .def("strengths", &strengths)
       .def("report", &report)
       .def("replayed", &replayed, py::arg("model"), py::arg("piece"), py::arg("journal_bytes"),
-           py::arg("store"), py::arg("policy"), py::arg("progress"))
+           py::arg("store"), py::arg("policy"), py::arg("end_to_end"), py::arg("progress"))
       .def(
           "save",
           [](GuardedSession& self, const Path& path) {

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "end_to_end_fields.hpp"
 #include "fastweights/nn/language_model.hpp"
 #include "policy_fields.hpp"
 #include "session_calls.hpp"
@@ -30,7 +31,9 @@ std::unique_ptr<SessionPool> make(const Model& model, std::int64_t memory_bytes,
                                   std::int64_t piece, std::uint64_t seed,
                                   std::int64_t journal_bytes,
                                   const std::optional<StoreFields>& store,
-                                  const PolicyFields& policy, std::int64_t most_per_batch) {
+                                  const PolicyFields& policy,
+                                  const std::optional<EndToEndFields>& end_to_end,
+                                  std::int64_t most_per_batch) {
   const auto poll = [] {
     const py::gil_scoped_acquire gil;
     check_signals();
@@ -42,7 +45,8 @@ std::unique_ptr<SessionPool> make(const Model& model, std::int64_t memory_bytes,
                                             .seed = seed,
                                             .journal_bytes = journal_bytes,
                                             .store = to_store_options(store),
-                                            .policy = to_policy(policy)},
+                                            .policy = to_policy(policy),
+                                            .end_to_end = to_end_to_end(end_to_end)},
                                 .most_per_batch = most_per_batch,
                                 .poll = poll});
 }
@@ -122,7 +126,7 @@ void bind_session_pool(py::module_& module) {
   py::class_<SessionPool>(module, "SessionPool")
       .def(py::init(&make), py::arg("model"), py::arg("memory_bytes"), py::arg("folder"),
            py::arg("piece"), py::arg("seed"), py::arg("journal_bytes"), py::arg("store"),
-           py::arg("policy"), py::arg("most_per_batch"))
+           py::arg("policy"), py::arg("end_to_end"), py::arg("most_per_batch"))
       .def("create", &SessionPool::create, py::arg("name"), py::arg("seed"), no_gil)
       .def("add", &add, py::arg("name"), py::arg("session"))
       .def("load", &SessionPool::load, py::arg("name"), py::arg("path"), no_gil)

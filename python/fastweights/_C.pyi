@@ -74,6 +74,7 @@ class ExactStore:
     def copy(self) -> ExactStore: ...
 
 _PolicyFields = tuple[float, tuple[float, float, float, float] | None, float, float]
+_EndToEndFields = tuple[float, int, float]
 _Trial = tuple[float, float, float, float, float]
 
 class Session:
@@ -85,7 +86,9 @@ class Session:
         journal_bytes: int,
         store: _StoreFields | None,
         policy: _PolicyFields,
+        end_to_end: _EndToEndFields | None,
     ) -> None: ...
+    def end_to_end_options(self) -> _EndToEndFields | None: ...
     def store_options(self) -> _StoreFields | None: ...
     def policy(self) -> _PolicyFields: ...
     @staticmethod
@@ -168,6 +171,7 @@ class Session:
         journal_bytes: int,
         store: _StoreFields | None,
         policy: _PolicyFields,
+        end_to_end: _EndToEndFields | None,
         progress: Callable[[int, int], bool | None] | None,
     ) -> Session: ...
     def copy(self) -> Session: ...
@@ -212,6 +216,7 @@ class SessionPool:
         journal_bytes: int,
         store: _StoreFields | None,
         policy: _PolicyFields,
+        end_to_end: _EndToEndFields | None,
         most_per_batch: int,
     ) -> None: ...
     def create(self, name: str, seed: int | None) -> None: ...

@@ -21,6 +21,7 @@ if torch.__version__.split(".")[:2] != TORCH_VERSION.split(".")[:2]:
     )
 
 from . import errors, fla, io, nn, ops
+from .end_to_end import EndToEndOptions
 from .errors import Cancelled, Error, FileError, ShapeError, StateMismatch
 from .exact_store import ExactStore, ExactStoreOptions
 from .io import load_model, save_model
@@ -45,6 +46,7 @@ __all__ = [
     "Candidate",
     "Consolidation",
     "ConsolidationTrial",
+    "EndToEndOptions",
     "Error",
     "ExactStore",
     "ExactStoreOptions",

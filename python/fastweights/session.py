@@ -9,6 +9,7 @@ from typing import NamedTuple, overload
 from torch import Tensor
 
 from . import _C, nn
+from .end_to_end import EndToEndOptions
 from .errors import Error
 from .exact_store import ExactStoreOptions
 from .write_policy import AS_TRAINED, SurpriseGate, WritePolicy
@@ -110,6 +111,7 @@ class Session:
         journal_bytes: int = 64 << 20,
         store: bool | ExactStoreOptions = False,
         policy: WritePolicy = AS_TRAINED,
+        end_to_end: bool | EndToEndOptions = False,
     ) -> None:
         """An empty session.
 
@@ -123,13 +125,21 @@ class Session:
                 edit replays the whole log.
             store: whether there is an exact store, or its options.
             policy: what is done to its writes beyond what the model was trained to do.
+            end_to_end: whether it takes gradient steps on the last block's feed-forward, in a ΔW of
+                its own, or the options of these steps.
 
         Raises:
             Error: the model's vocabulary is not that of bytes, a module was replaced or has hooks,
                 or an option is out of range.
         """
         self._session = _C.Session(
-            _native(model), piece, _checked_seed(seed), journal_bytes, _store(store), policy
+            _native(model),
+            piece,
+            _checked_seed(seed),
+            journal_bytes,
+            _store(store),
+            policy,
+            _end_to_end(end_to_end),
         )
 
     def read(self, text: Text, progress: Progress | None = None) -> None:
@@ -417,6 +427,7 @@ class Session:
         journal_bytes: int = 64 << 20,
         store: bool | ExactStoreOptions = False,
         policy: WritePolicy = AS_TRAINED,
+        end_to_end: bool | EndToEndOptions = False,
         progress: Progress | None = None,
     ) -> "Session":
         """The session that has this one's log, on any model: all of it is replayed.
@@ -426,7 +437,13 @@ class Session:
         """
         return self._of(
             self._session.replayed(
-                _native(model), piece, journal_bytes, _store(store), policy, progress
+                _native(model),
+                piece,
+                journal_bytes,
+                _store(store),
+                policy,
+                _end_to_end(end_to_end),
+                progress,
             )
         )
 
@@ -443,7 +460,8 @@ class Session:
         They are `layers.N.memory.state`, `layers.N.memory.conv`, `layers.N.attention.key`,
         `layers.N.attention.value`, `position`, `logits`, and `generator` (the bits of its seed, and
         its draws); with an exact store its tensors, and `store.hidden` and `store.logits`, what the
-        model said at this place.
+        model said at this place; where it learns end to end `end_to_end.delta`, and what the next
+        step waits for.
         """
         return self._session.state()
 
@@ -464,6 +482,12 @@ class Session:
         strength, gate, memory_norm_cap, head_norm_cap = self._session.policy()
         surprise = None if gate is None else SurpriseGate(*gate)
         return WritePolicy(strength, surprise, memory_norm_cap, head_norm_cap)
+
+    @property
+    def end_to_end(self) -> EndToEndOptions | None:
+        """The options of its gradient steps; None where it takes none."""
+        fields = self._session.end_to_end_options()
+        return None if fields is None else EndToEndOptions(*fields)
 
     @property
     def fused(self) -> bool:
@@ -520,6 +544,12 @@ def _store(store: bool | ExactStoreOptions) -> ExactStoreOptions | None:
     if isinstance(store, bool):
         return ExactStoreOptions() if store else None
     return store
+
+
+def _end_to_end(options: bool | EndToEndOptions) -> EndToEndOptions | None:
+    if isinstance(options, bool):
+        return EndToEndOptions() if options else None
+    return options
 
 
 def _point(place: Mark | int) -> tuple[bool, int]:

@@ -6,8 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from . import _C, nn
+from .end_to_end import EndToEndOptions
 from .exact_store import ExactStoreOptions
-from .session import Progress, Session, Text, _checked_seed, _native, _store, _to_bytes, _write
+from .session import (
+    Progress,
+    Session,
+    Text,
+    _checked_seed,
+    _end_to_end,
+    _native,
+    _store,
+    _to_bytes,
+    _write,
+)
 from .write_policy import AS_TRAINED, WritePolicy
 
 Result = TypeVar("Result")
@@ -59,6 +70,7 @@ class SessionPool:
         journal_bytes: int = 64 << 20,
         store: bool | ExactStoreOptions = False,
         policy: WritePolicy = AS_TRAINED,
+        end_to_end: bool | EndToEndOptions = False,
         most_per_batch: int = 64,
     ) -> None:
         """A pool without sessions.
@@ -74,6 +86,7 @@ class SessionPool:
             journal_bytes: see `Session`; counted in `memory_bytes` as far as it is used.
             store: see `Session`; counted in `memory_bytes` too.
             policy: see `Session`.
+            end_to_end: see `Session`.
             most_per_batch: sessions whose next tokens are decoded together.
 
         Raises:
@@ -90,6 +103,7 @@ class SessionPool:
             journal_bytes,
             _store(store),
             policy,
+            _end_to_end(end_to_end),
             most_per_batch,
         )
 

@@ -606,8 +606,16 @@ class Decoder {
     project(layer, number);
     run_heads(layer, number);
     mix(layer);
+    const bool last = number + 1 == model_.layers.size();
+    if (last) hand_out_mixed();
     norm_all(layer.feed_forward_norm);
-    feed_forward(layer);
+    feed_forward(layer, last);
+  }
+
+  void hand_out_mixed() {
+    for (std::int64_t i = 0; i < count(); ++i) {
+      if (token(i).mixed != nullptr) std::copy_n(scratch(i).x, sizes_.width, token(i).mixed);
+    }
   }
 
   /// All projections of the mixer's input, and the convolution of each channel as it comes.
@@ -841,12 +849,12 @@ class Decoder {
     }
   }
 
-  void feed_forward(const DecodingLayer& layer) {
+  void feed_forward(const DecodingLayer& layer, bool last) {
     const auto hidden = sizes_.feed_forward_width;
     const auto each = rows_of_task<T>(2 * sizes_.width);
     team_.loop(divide_up(hidden, each), [&](std::int64_t task) {
       const auto first = task * each;
-      expand(layer, first, std::min(each, hidden - first));
+      expand(layer, last, first, std::min(each, hidden - first));
     });
     const auto per_task = rows_of_task<T>(hidden);
     team_.loop(divide_up(sizes_.width, per_task), [&](std::int64_t task) {
@@ -857,7 +865,7 @@ class Decoder {
   }
 
   /// hidden ← silu(gate · x) ⊙ (up · x), rows [first, first + count).
-  void expand(const DecodingLayer& layer, std::int64_t first, std::int64_t count) {
+  void expand(const DecodingLayer& layer, bool last, std::int64_t first, std::int64_t count) {
     alignas(64) float up[kBlock * kPiece];
     for_each_block([&](std::int64_t at, std::int64_t together) {
       const Vectors x = rows(&Scratch::normed, at);
@@ -867,10 +875,25 @@ class Decoder {
         multiply_rows<T>(layer.up, row, size, together, x, {up, kPiece});
         for (std::int64_t i = 0; i < together; ++i) {
           float* out = scratch(at + i).hidden + row;
+          if (last) add_delta(at + i, row, size, out, up + i * kPiece);
           silu(out, up + i * kPiece, size, out);
         }
       }
     });
+  }
+
+  /// What the session adds to rows [row, row + size) of both projections.
+  void add_delta(std::int64_t i, std::int64_t row, std::int64_t size, float* gate, float* up) {
+    const float* delta = token(i).feed_forward_delta;
+    if (delta == nullptr) return;
+    const auto width = sizes_.width;
+    alignas(64) float products[kPiece];
+    for (float* out : {gate, up}) {
+      multiply_vectors(delta + row * width, width, width, size, 1, rows(&Scratch::normed, i),
+                       {products, kPiece});
+      for (std::int64_t c = 0; c < size; ++c) out[c] += products[c];
+      delta += sizes_.feed_forward_width * width;
+    }
   }
 
   const DecodingModel& model_;

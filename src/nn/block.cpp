@@ -54,6 +54,7 @@ BlockImpl::Output BlockImpl::forward(const at::Tensor& x, const BlockState& stat
                                      const at::Tensor& position, const Options& options) const {
   BlockState next = state;
   const auto mixed = mix(x, state, position, options, next);
+  if (options.feed_forward != nullptr) return {(*options.feed_forward)(mixed), std::move(next)};
   return {mixed + feed_forward->forward(feed_forward_norm->forward(mixed)), std::move(next)};
 }
 

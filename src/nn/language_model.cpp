@@ -199,7 +199,7 @@ LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& tokens,
                     tokens.size(0), fmt::join(options.memory_keep.sizes(), ", ")));
   }
   check_write_strength(tokens, options.write_strength);
-  const BlockImpl::Options block_options{
+  BlockImpl::Options block_options{
       options.in_place,
       options.memory_keep.defined() ? options.memory_keep : draw_memory_keep(tokens.size(0)),
       {options.write_strength, options.limited_writes}};
@@ -207,6 +207,9 @@ LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& tokens,
   LanguageModelState next;
   next.blocks.reserve(blocks.size());
   for (std::size_t n = 0; n < blocks.size(); ++n) {
+    if (n + 1 == blocks.size() && options.last_feed_forward) {
+      block_options.feed_forward = &options.last_feed_forward;
+    }
     auto result = blocks[n]->forward(x, state.blocks[n], state.position, block_options);
     x = std::move(result.x);
     next.blocks.push_back(std::move(result.state));

@@ -379,11 +379,21 @@ class Pass {
   }
 
   void add(const DecoderStep& step, std::int64_t width) {
-    if (step.hidden != nullptr) *step.hidden = at::empty({width}, at::kFloat);
+    const auto row = [&](at::Tensor* out) -> float* {
+      if (out == nullptr) return nullptr;
+      *out = at::empty({width}, at::kFloat);
+      return out->mutable_data_ptr<float>();
+    };
     const auto* states = states_.emplace_back(states_of(*step.state)).data();
-    tokens_.push_back({step.token, position_of(*step.state)++, step.strength, states,
-                       head_of(step.state->head),
-                       step.hidden != nullptr ? step.hidden->mutable_data_ptr<float>() : nullptr});
+    tokens_.push_back({.token = step.token,
+                       .position = position_of(*step.state)++,
+                       .strength = step.strength,
+                       .states = states,
+                       .head = head_of(step.state->head),
+                       .hidden = row(step.hidden),
+                       .feed_forward_delta =
+                           step.delta != nullptr ? step.delta->const_data_ptr<float>() : nullptr,
+                       .mixed = row(step.mixed)});
   }
 
   void add(const ReadAhead& ahead, std::int64_t count, const nn::LanguageModelState& state) {

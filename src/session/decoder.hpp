@@ -21,6 +21,8 @@ struct DecoderStep {
   at::Tensor* logits = nullptr;             ///< gets those of the token after it, fp32 [vocabulary]
   float strength = 1.0F;                    ///< how strongly it is learned, in [0, 2]
   at::Tensor* hidden = nullptr;             ///< null, or gets the final hidden state: fp32 [width]
+  const at::Tensor* delta = nullptr;        ///< null, or DecodingToken::feed_forward_delta
+  at::Tensor* mixed = nullptr;              ///< null, or gets DecodingToken::mixed: fp32 [width]
 };
 
 /// Tokens that were read in one pass ahead of a state: some of them, or none, may be kept. Its

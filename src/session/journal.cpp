@@ -8,6 +8,7 @@
 #include <memory>
 #include <utility>
 
+#include "feed_forward_learner.hpp"
 #include "recollection.hpp"
 
 namespace fastweights::detail {
@@ -16,6 +17,9 @@ namespace {
 std::int64_t bytes_of(const Place& place) {
   std::int64_t bytes = static_cast<std::int64_t>(place.logits.nbytes());
   for (const auto& [name, tensor] : place.state.tensors()) {
+    bytes += static_cast<std::int64_t>(tensor.nbytes());
+  }
+  for (const auto& [name, tensor] : tensors_of(place.end_to_end)) {
     bytes += static_cast<std::int64_t>(tensor.nbytes());
   }
   return bytes;
@@ -62,11 +66,17 @@ void move_to_own_pages(nn::NamedTensors& tensors) {
 Place in_own_pages(const Place& place) {
   nn::NamedTensors tensors = place.state.tensors();
   tensors.emplace_back("logits", place.logits);
+  for (const auto& each : tensors_of(place.end_to_end)) tensors.push_back(each);
   move_to_own_pages(tensors);
+  EndToEndState end_to_end = take_end_to_end(tensors);
   at::Tensor logits = std::move(tensors.back().second);
   tensors.pop_back();
-  return {nn::LanguageModelState::from_tensors(tensors), std::move(logits), place.limited_writes,
-          place.recollection, place.capped_norms};
+  return {nn::LanguageModelState::from_tensors(tensors),
+          std::move(logits),
+          place.limited_writes,
+          place.recollection,
+          place.capped_norms,
+          std::move(end_to_end)};
 }
 
 }  // namespace

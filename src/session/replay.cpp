@@ -11,6 +11,7 @@
 #include "decoder.hpp"
 #include "fastweights/core/error.hpp"
 #include "fastweights/nn/language_model.hpp"
+#include "feed_forward_learner.hpp"
 #include "recollection.hpp"
 
 namespace fastweights::detail {
@@ -36,14 +37,17 @@ nn::ForwardOptions options_for(std::span<const float> strengths, at::Device devi
   return options;
 }
 
-void check_finite(const at::Tensor& logits, const nn::LanguageModelState& state) {
+void check_finite(const at::Tensor& logits, const nn::LanguageModelState& state,
+                  const at::Tensor& delta) {
   const auto finite = [](const at::Tensor& tensor) {
     return !tensor.is_floating_point() || std::isfinite(tensor.sum(at::kDouble).item<double>());
   };
   if (!finite(logits)) {
     throw Error("session: the model's prediction is not finite any more; the piece was not read");
   }
-  for (const auto& [name, tensor] : state.tensors()) {
+  nn::NamedTensors tensors = state.tensors();
+  if (delta.defined()) tensors.emplace_back("end_to_end.delta", delta);
+  for (const auto& [name, tensor] : tensors) {
     if (finite(tensor)) continue;
     throw Error("session: " + name + " is not finite any more; the piece was not read");
   }
@@ -85,9 +89,10 @@ bool Replay::has_read(std::int64_t token) const {
 }
 
 /// Whether what a token does to the state can be known before the one ahead of it is: a gate for
-/// surprise asks for its prediction, a cap changes the state after each.
+/// surprise asks for its prediction, a cap changes the state after each, a gradient step the model.
 bool Replay::may_read_ahead() const {
-  return !policy_.surprise && !policy_.caps_norms() && strength_under(policy_, 1.0F, 0.0) <= 1.0F;
+  return !policy_.surprise && !policy_.caps_norms() && !options_.end_to_end &&
+         strength_under(policy_, 1.0F, 0.0) <= 1.0F;
 }
 
 /// Takes the next of the tokens that were read ahead.
@@ -120,6 +125,22 @@ at::Tensor Replay::predictions() const {
   return place_.recollection ? place_.recollection->logits().to(device_of(model_)) : place_.logits;
 }
 
+std::int64_t Replay::position() const { return place_.state.position.item<std::int64_t>(); }
+
+/// Calls the model on tokens of one row, which learns end to end where the session does.
+nn::LanguageModelOutput Replay::forward(std::span<const std::int64_t> tokens,
+                                        std::span<const float> strengths,
+                                        nn::ForwardOptions options,
+                                        EndToEndState& end_to_end) const {
+  const at::Tensor input = to_tensor(tokens).unsqueeze(0).to(device_of(model_));
+  if (!options_.end_to_end) return model_.forward(input, place_.state, options);
+  FeedForwardLearner learner(*options_.end_to_end, model_, end_to_end, position());
+  options.last_feed_forward = [&](const at::Tensor& mixed) {
+    return learner.read(tokens, strengths, mixed);
+  };
+  return model_.forward(input, place_.state, options);
+}
+
 /// The strengths of tokens to be read under the policy; none where all are 1.
 std::vector<float> Replay::policy_strengths(std::span<const std::int64_t> tokens,
                                             std::span<const float> strengths) const {
@@ -131,10 +152,9 @@ std::vector<float> Replay::policy_strengths(std::span<const std::int64_t> tokens
     std::vector<float> ungated = own;
     const WritePolicy without{.strength = policy_.strength};
     for (float& each : ungated) each = strength_under(without, each, 0.0);
-    const at::Device device = device_of(model_);
-    const at::Tensor input = to_tensor(tokens).unsqueeze(0).to(device);
-    const auto rows =
-        model_.forward(input, place_.state, options_for(ungated, device)).logits.squeeze(0);
+    EndToEndState end_to_end = place_.end_to_end;
+    const auto options = options_for(ungated, device_of(model_));
+    const at::Tensor rows = forward(tokens, ungated, options, end_to_end).logits.squeeze(0);
     const at::Tensor costs = bits_of(tokens, predictions(), rows.to(at::kFloat));
     std::copy_n(costs.const_data_ptr<float>(), bits.size(), bits.begin());
   }
@@ -155,22 +175,25 @@ float Replay::policy_strength(std::int64_t token) const {
 
 at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const float> given) {
   settle();
-  const at::Device device = device_of(model_);
   const std::vector<float> strengths = policy_strengths(tokens, given);
-  nn::ForwardOptions options = options_for(strengths, device);
+  nn::ForwardOptions options = options_for(strengths, device_of(model_));
   at::Tensor hidden;
   if (place_.recollection) options.hidden = &hidden;
-  const at::Tensor input = to_tensor(tokens).unsqueeze(0).to(device);
-  auto [logits, state] = model_.forward(input, place_.state, options);
+  EndToEndState end_to_end = place_.end_to_end;
+  auto [logits, state] = forward(tokens, strengths, options, end_to_end);
   at::Tensor rows = logits.squeeze(0).to(at::kFloat);
-  check_finite(rows[-1], state);
+  check_finite(rows[-1], state, end_to_end.delta);
   const std::int64_t limited =
       options.limited_writes.defined() ? options.limited_writes.item<std::int64_t>() : 0;
   if (place_.recollection) {
     rows = own(place_.recollection).read(tokens, hidden.squeeze(0), rows, strengths);
   }
-  place_ = {std::move(state), rows[-1].clone(), place_.limited_writes + limited,
-            std::move(place_.recollection), place_.capped_norms};
+  place_ = {std::move(state),
+            rows[-1].clone(),
+            place_.limited_writes + limited,
+            std::move(place_.recollection),
+            place_.capped_norms,
+            std::move(end_to_end)};
   own_ = false;  // a branch that is switched off passes its tensors on
   cap_norms();
   return rows;
@@ -179,6 +202,7 @@ at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const fl
 void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const WrittenToken> tokens) {
   const auto decoder = Decoder::of(model);
   std::vector<at::Tensor> hidden(tokens.size());
+  std::vector<at::Tensor> mixed(tokens.size());
   std::vector<float> strengths(tokens.size());
   std::vector<DecoderStep> steps;
   std::vector<DecoderAhead> ahead;
@@ -207,6 +231,7 @@ void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const Writ
                            .hidden = wants_hidden ? &hidden[i] : nullptr};
     if (decoder && step.strength <= 1.0F) {
       steps.push_back(step);
+      replay->learn_before(steps.back(), mixed[i]);
     } else {  // the kernels limit a β without counting it
       replay->step_by_modules(step);
     }
@@ -215,6 +240,7 @@ void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const Writ
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     Replay& replay = *tokens[i].replay;
     if (replay.is_ahead_) replay.take_ahead(hidden[i]);
+    if (mixed[i].defined()) replay.learn_after(tokens[i].token, strengths[i], mixed[i]);
     replay.recollect(tokens[i].token, hidden[i], strengths[i]);
     replay.cap_norms();
   }
@@ -226,18 +252,32 @@ void Replay::own_state() {
 }
 
 void Replay::step_by_modules(const DecoderStep& step) {
-  const at::Tensor input = to_tensor(std::span(&step.token, 1)).unsqueeze(0).to(device_of(model_));
   nn::ForwardOptions options;
   if (step.strength != 1.0F) options = options_for({&step.strength, 1}, device_of(model_));
   options.in_place = true;
   options.hidden = step.hidden;
-  auto [logits, state] = model_.forward(input, *step.state, options);
+  auto [logits, state] = forward({&step.token, 1}, {&step.strength, 1}, options, place_.end_to_end);
   if (options.limited_writes.defined()) {
     place_.limited_writes += options.limited_writes.item<std::int64_t>();
   }
   *step.state = std::move(state);
   if (step.hidden != nullptr) *step.hidden = step.hidden->flatten();
   *step.logits = logits.flatten().to(at::kFloat, false, /*copy=*/true);
+}
+
+/// Takes the gradient step that the token ends, if it ends one, and has the kernels run with ΔW.
+void Replay::learn_before(DecoderStep& step, at::Tensor& mixed) {
+  if (!options_.end_to_end) return;
+  FeedForwardLearner(*options_.end_to_end, model_, place_.end_to_end, position())
+      .before_token(step.token, step.strength);
+  step.delta = &place_.end_to_end.delta;
+  step.mixed = &mixed;
+}
+
+/// Keeps what the next gradient step needs of a token that the kernels have read.
+void Replay::learn_after(std::int64_t token, float strength, const at::Tensor& mixed) {
+  FeedForwardLearner(*options_.end_to_end, model_, place_.end_to_end, position() - 1)
+      .after_token(token, strength, mixed.to(place_.end_to_end.waiting.dtype()));
 }
 
 /// Mixes the exact store, where there is one, into the model's logits after a token.

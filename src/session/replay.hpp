@@ -30,9 +30,9 @@ struct WrittenToken {
 /// To be used in inference mode.
 class Replay {
  public:
-  /// `model` and `policy` must outlive it.
-  Replay(const nn::LanguageModelImpl& model, const WritePolicy& policy, Place place)
-      : model_(model), policy_(policy), place_(std::move(place)) {}
+  /// `model` and `options` must outlive it.
+  Replay(const nn::LanguageModelImpl& model, const SessionOptions& options, Place place)
+      : model_(model), options_(options), policy_(options.policy), place_(std::move(place)) {}
 
   /// Where it stands.
   const Place& place();
@@ -63,6 +63,10 @@ class Replay {
   static std::int64_t most_guesses(std::int64_t position);
 
  private:
+  nn::LanguageModelOutput forward(std::span<const std::int64_t> tokens,
+                                  std::span<const float> strengths, nn::ForwardOptions options,
+                                  EndToEndState& end_to_end) const;
+  std::int64_t position() const;
   void own_state();
   void settle();
   bool may_read_ahead() const;
@@ -70,6 +74,8 @@ class Replay {
   std::int64_t write_span(const SessionLog& log, std::int64_t begin, std::int64_t piece,
                           Journal& journal);
   void step_by_modules(const DecoderStep& step);
+  void learn_before(DecoderStep& step, at::Tensor& mixed);
+  void learn_after(std::int64_t token, float strength, const at::Tensor& mixed);
   void recollect(std::int64_t token, const at::Tensor& hidden, float strength);
   at::Tensor predictions() const;
   std::vector<float> policy_strengths(std::span<const std::int64_t> tokens,
@@ -78,6 +84,7 @@ class Replay {
   void cap_norms();
 
   const nn::LanguageModelImpl& model_;
+  const SessionOptions& options_;
   const WritePolicy& policy_;
   Place place_;
   bool own_ = false;  // nobody else has the tensors of `place_`

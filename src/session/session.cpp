@@ -20,6 +20,7 @@
 #include "fastweights/nn/language_model.hpp"
 #include "fastweights/session/generator.hpp"
 #include "fastweights/session/state_file.hpp"
+#include "feed_forward_learner.hpp"
 #include "fingerprint.hpp"
 #include "journal.hpp"
 #include "recollection.hpp"
@@ -56,11 +57,26 @@ Model checked(Model model) {
   return model;
 }
 
-Place fresh_place(const nn::LanguageModelImpl& model,
-                  const std::optional<ExactStoreOptions>& store) {
+const SessionOptions& checked(const SessionOptions& options) {
+  if (options.piece < 1) {
+    throw Error("session: piece must be at least 1, got " + std::to_string(options.piece));
+  }
+  if (options.journal_bytes < 0) {
+    throw Error("session: journal_bytes must be at least 0, got " +
+                std::to_string(options.journal_bytes));
+  }
+  check_write_policy(options.policy);
+  if (options.end_to_end) check_end_to_end_options(*options.end_to_end);
+  return options;
+}
+
+Place fresh_place(const nn::LanguageModelImpl& model, const SessionOptions& session) {
   const auto options = at::TensorOptions(at::kFloat).device(device_of(model));
   Place place{model.initial_state(1), at::zeros({model.config().vocabulary_size}, options)};
-  if (store) place.recollection = std::make_shared<Recollection>(*store, model);
+  if (session.store) place.recollection = std::make_shared<Recollection>(*session.store, model);
+  if (session.end_to_end) {
+    place.end_to_end = detail::initial_end_to_end(*session.end_to_end, model);
+  }
   return place;
 }
 
@@ -137,6 +153,7 @@ constexpr const char* kCappedNorms = "policy.capped_norms";
 NamedTensors tensors_of(const Place& place) {
   NamedTensors tensors = place.state.tensors();
   tensors.emplace_back("logits", place.logits);
+  for (const auto& each : detail::tensors_of(place.end_to_end)) tensors.push_back(each);
   return tensors;
 }
 
@@ -207,6 +224,7 @@ Place restored_place(const Place& like, const WritePolicy& policy, const std::st
   NamedTensors own = tensors_of(like);
   for (auto& [name, tensor] : own) tensor = restored(prefix + name, tensor, tensors);
   Place place;
+  place.end_to_end = detail::take_end_to_end(own);
   place.logits = own.back().second;
   own.pop_back();
   place.state = nn::LanguageModelState::from_tensors(own);
@@ -228,31 +246,22 @@ Place restored_place(const Place& like, const WritePolicy& policy, const std::st
 Session::Session(Model model, const SessionOptions& options)
     : model_(checked(std::move(model))),
       options_(options),
-      place_(fresh_place(*model_, options.store)),
+      place_(fresh_place(*model_, checked(options))),
       journal_(std::make_shared<detail::Journal>(options.journal_bytes)),
       generator_{.seed = options.seed},
-      log_(model_->config().vocabulary_size, {.generator = {.seed = options.seed}}) {
-  if (options.piece < 1) {
-    throw Error("session: piece must be at least 1, got " + std::to_string(options.piece));
-  }
-  if (options.journal_bytes < 0) {
-    throw Error("session: journal_bytes must be at least 0, got " +
-                std::to_string(options.journal_bytes));
-  }
-  check_write_policy(options.policy);
-}
+      log_(model_->config().vocabulary_size, {.generator = {.seed = options.seed}}) {}
 
 bool Session::fused() const { return detail::Decoder::of(*model_) != nullptr; }
 
 detail::Journal& Session::journal() { return detail::own(journal_); }
 
-Place Session::base_place() const { return base_ ? *base_ : fresh_place(*model_, options_.store); }
+Place Session::base_place() const { return base_ ? *base_ : fresh_place(*model_, options_); }
 
 // ---- reading and writing -----------------------------------------------------------------------
 
 void Session::read_piece(std::span<const std::int64_t> tokens, bool first,
                          const AfterPiece& after) {
-  Replay replay(*model_, options_.policy, place_);
+  Replay replay(*model_, options_, place_);
   const at::Tensor rows = replay.read(tokens);
   if (first) {
     log_.start_call(CallKind::kRead, tokens);
@@ -293,7 +302,7 @@ double Session::score(std::string_view text, const Progress& progress) const {
 
 std::vector<float> Session::token_bits(std::string_view text, const Progress& progress) const {
   const c10::InferenceMode guard;
-  Replay replay(*model_, options_.policy, place_);
+  Replay replay(*model_, options_, place_);
   std::vector<float> bits;
   bits.reserve(text.size());
   for_each_piece(text, options_.piece, progress, [&](const Tokens& tokens, bool) {
@@ -360,7 +369,7 @@ void Session::edit(SessionLog log, MarkTable marks, std::int64_t unchanged,
     });
     const Checkpoint* start = journal->last();
     const std::int64_t begin = start ? start->position : log.start();
-    Replay replay(*model_, options_.policy, start ? start->place : base_place());
+    Replay replay(*model_, options_, start ? start->place : base_place());
     replay.run(log, begin, options_.piece, *journal, progress);
     place_ = replay.place();
     journal_ = std::move(journal);
@@ -524,6 +533,7 @@ void Session::save(const std::filesystem::path& path) const {
                  .limited_writes = place_.limited_writes,
                  .base_limited_writes = base_ ? base_->limited_writes : 0,
                  .policy = options_.policy,
+                 .end_to_end = options_.end_to_end,
                  .log = log_,
                  .marks = {marks_.entries().begin(), marks_.entries().end()},
                  .checkpoints = {},
@@ -558,7 +568,7 @@ void Session::restore(const StateFile& file) {
   std::size_t expected = 0;
   if (content) {
     options_.store = content->options();
-    place_ = fresh_place(*model_, options_.store);
+    place_ = fresh_place(*model_, options_);
     each += place_.recollection->place_tensors().size();
     expected = (base ? 2 : 1) * content->tensors().size();
   }
@@ -606,7 +616,8 @@ Session Session::load(const std::filesystem::path& path, Model model) {
     Session session(std::move(model), {.piece = file.piece,
                                        .seed = file.log.base().generator.seed,
                                        .journal_bytes = file.journal_bytes,
-                                       .policy = file.policy});
+                                       .policy = file.policy,
+                                       .end_to_end = file.end_to_end});
     const std::string fingerprint = detail::model_fingerprint(*session.model_);
     if (file.model != fingerprint) {
       throw StateMismatch("the state belongs to another model: its fingerprint is " + file.model +

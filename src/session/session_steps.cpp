@@ -10,6 +10,7 @@
 #include "fastweights/core/error.hpp"
 #include "fastweights/io/tokenizer.hpp"
 #include "fastweights/nn/language_model.hpp"
+#include "feed_forward_learner.hpp"
 #include "recollection.hpp"
 
 namespace fastweights::detail {
@@ -34,15 +35,19 @@ const WriteOptions& checked(const WriteOptions& options) {
 }
 
 std::int64_t bytes_of(const Place& place) {
-  const std::int64_t store = place.recollection ? place.recollection->store().bytes() : 0;
-  return place.state.bytes() + static_cast<std::int64_t>(place.logits.nbytes()) + store;
+  std::int64_t bytes = place.state.bytes() + static_cast<std::int64_t>(place.logits.nbytes());
+  if (place.recollection) bytes += place.recollection->store().bytes();
+  for (const auto& [name, tensor] : tensors_of(place.end_to_end)) {
+    bytes += static_cast<std::int64_t>(tensor.nbytes());
+  }
+  return bytes;
 }
 
 }  // namespace
 
 Writing::Writing(const Session& session, const WriteOptions& options)
     : options_(checked(options)),
-      replay_(*session.model_, session.options_.policy, session.place_),
+      replay_(*session.model_, session.options_, session.place_),
       generator_(options.seed ? Generator{.seed = *options.seed} : session.generator_),
       journal_(*session.journal_),
       guesses_(options, session.log_),

@@ -7,8 +7,10 @@
 #include <array>
 #include <bit>
 #include <charconv>
+#include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -42,8 +44,10 @@ constexpr Table kCalls{"log.calls", 4};
 constexpr Table kStrengths{"log.strengths", 3};
 constexpr Table kMarks{"log.marks", 3};
 constexpr Table kCheckpoints{"log.checkpoints", 2};
-constexpr Table kPolicy{"session.policy", 4};  // only where it is not the default
-constexpr std::array<Table, 5> kTables = {kCalls, kStrengths, kMarks, kCheckpoints, kPolicy};
+constexpr Table kPolicy{"session.policy", 4};        // only where it is not the default
+constexpr Table kEndToEnd{"session.end_to_end", 3};  // only where there are such options
+constexpr std::array<Table, 6> kTables = {kCalls,       kStrengths, kMarks,
+                                          kCheckpoints, kPolicy,    kEndToEnd};
 
 [[noreturn]] void refuse(const std::string& why) { throw FileError("state file: " + why); }
 
@@ -186,24 +190,24 @@ Row row_of(const StoredCheckpoint& checkpoint) {
           static_cast<std::uint64_t>(checkpoint.limited_writes)};
 }
 
-/// A row of a policy's table.
-using PolicyRow = std::array<double, 4>;
+/// A row of a table of fp64.
+using RealRow = std::array<double, 4>;
 
-Row row_of(const PolicyRow& fields) {
+Row row_of(const RealRow& fields) {
   Row row{};
   std::ranges::transform(fields, row.begin(),
                          [](double value) { return std::bit_cast<std::uint64_t>(value); });
   return row;
 }
 
-PolicyRow policy_row_of(const Row& row) {
-  PolicyRow fields{};
+RealRow real_row_of(const Row& row) {
+  RealRow fields{};
   std::ranges::transform(row, fields.begin(),
                          [](std::uint64_t bits) { return std::bit_cast<double>(bits); });
   return fields;
 }
 
-std::vector<PolicyRow> rows_of(const WritePolicy& policy) {
+std::vector<RealRow> rows_of(const WritePolicy& policy) {
   if (policy == WritePolicy()) return {};
   const SurpriseGate gate = policy.surprise.value_or(SurpriseGate());
   return {
@@ -211,7 +215,12 @@ std::vector<PolicyRow> rows_of(const WritePolicy& policy) {
       {gate.low, gate.high, gate.least, gate.most}};
 }
 
-WritePolicy policy_of(const std::vector<PolicyRow>& rows) {
+std::vector<RealRow> rows_of(const std::optional<EndToEndOptions>& options) {
+  if (!options) return {};
+  return {{options->learning_rate, static_cast<double>(options->every), options->clip, 0.0}};
+}
+
+WritePolicy policy_of(const std::vector<RealRow>& rows) {
   const auto& [strength, memory_norm_cap, head_norm_cap, gated] = rows[0];
   WritePolicy policy{.strength = static_cast<float>(strength),
                      .memory_norm_cap = memory_norm_cap,
@@ -327,7 +336,7 @@ SessionLog parse_log(const io::SafetensorsView& view, bool version_1) {
 
 WritePolicy parse_policy(const io::SafetensorsView& view) {
   if (view.find(kPolicy.name) == nullptr) return {};
-  const std::vector<PolicyRow> rows = unpack(view, kPolicy, policy_row_of);
+  const std::vector<RealRow> rows = unpack(view, kPolicy, real_row_of);
   if (rows.size() != 2) refuse("malformed: a write policy has two rows");
   WritePolicy policy = policy_of(rows);
   or_malformed([&] {
@@ -335,6 +344,22 @@ WritePolicy parse_policy(const io::SafetensorsView& view) {
     return true;
   });
   return policy;
+}
+
+std::optional<EndToEndOptions> parse_end_to_end(const io::SafetensorsView& view) {
+  if (view.find(kEndToEnd.name) == nullptr) return std::nullopt;
+  const std::vector<RealRow> rows = unpack(view, kEndToEnd, real_row_of);
+  if (rows.size() != 1) refuse("malformed: the options of learning end to end have one row");
+  const auto& [learning_rate, every, clip, unused] = rows[0];
+  if (!(every >= 1 && every <= 4096) || every != std::floor(every)) {
+    refuse("malformed: end_to_end.every is no number of tokens");
+  }
+  const EndToEndOptions options{learning_rate, static_cast<std::int64_t>(every), clip};
+  or_malformed([&] {
+    check_end_to_end_options(options);
+    return true;
+  });
+  return options;
 }
 
 std::vector<MarkEntry> parse_marks(const io::SafetensorsView& view, const SessionLog& log) {
@@ -392,16 +417,20 @@ std::vector<std::byte> seal_state_file(std::span<const std::byte> content, std::
 std::vector<std::byte> serialize_state_file(const StateFile& file) {
   const SessionLog& log = file.log;
   const std::vector<std::byte> tokens = log.packed();
-  const std::array<std::vector<std::byte>, 5> tables = {
-      pack(kCalls, log.calls()), pack(kStrengths, log.strengths()), pack(kMarks, file.marks),
-      pack(kCheckpoints, file.checkpoints), pack(kPolicy, rows_of(file.policy))};
+  const std::array<std::vector<std::byte>, 6> tables = {pack(kCalls, log.calls()),
+                                                        pack(kStrengths, log.strengths()),
+                                                        pack(kMarks, file.marks),
+                                                        pack(kCheckpoints, file.checkpoints),
+                                                        pack(kPolicy, rows_of(file.policy)),
+                                                        pack(kEndToEnd, rows_of(file.end_to_end))};
   std::vector<io::TensorData> tensors = file.tensors;
   tensors.push_back({kLogTokens,
                      io::ScalarType::U8,
                      {log.size(), static_cast<std::int64_t>(log.bytes_per_token())},
                      tokens});
   for (std::size_t i = 0; i < kTables.size(); ++i) {
-    if (kTables[i].name == kPolicy.name && tables[i].empty()) continue;
+    const bool optional = kTables[i].name == kPolicy.name || kTables[i].name == kEndToEnd.name;
+    if (optional && tables[i].empty()) continue;
     const auto fields = static_cast<std::int64_t>(kTables[i].fields);
     const std::int64_t rows = std::ssize(tables[i]) / (fields * 8);
     tensors.push_back({kTables[i].name, io::ScalarType::I64, {rows, fields}, tables[i]});
@@ -434,6 +463,7 @@ StateFile parse_state_file(std::span<const std::byte> bytes) {
                  .limited_writes = count("limited_writes", 0),
                  .base_limited_writes = count("base_limited_writes", 0),
                  .policy = parse_policy(view),
+                 .end_to_end = parse_end_to_end(view),
                  .log = parse_log(view, version_1),
                  .marks = {},
                  .checkpoints = {},

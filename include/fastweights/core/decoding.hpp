@@ -113,6 +113,11 @@ struct DecodingToken {
   float* hidden = nullptr;
   /// Null, or gets what keep_tokens() needs of the token: decoding_trace() elements.
   float* trace = nullptr;
+  /// Null, or what the session adds to the gate and the up projection of the last layer [2 ·
+  /// feed_forward_width, width], gate first.
+  const float* feed_forward_delta = nullptr;
+  /// Null, or gets the residual stream before the feed-forward of the last layer [width].
+  float* mixed = nullptr;
 };
 
 /// fp32 elements of scratch memory that so many tokens need.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -32,6 +33,9 @@ struct ForwardOptions {
   /// Gets the final hidden states, normed, that the logits are made of: [B, T, width] (in Python: a
   /// forward hook on `norm`).
   at::Tensor* hidden = nullptr;
+  /// Runs in place of the last block's feed-forward: gets the residual stream before it [B, T,
+  /// width] and returns that behind it. Empty: `x + feed_forward(feed_forward_norm(x))`.
+  std::function<at::Tensor(const at::Tensor& x)> last_feed_forward = {};
 };
 
 /// What a call of LanguageModel returns.

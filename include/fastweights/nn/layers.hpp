@@ -4,6 +4,8 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
 
+#include <functional>
+
 #include "fastweights/nn/config.hpp"
 #include "fastweights/nn/state.hpp"
 #include "fastweights/ops/fast_weight_memory.hpp"
@@ -123,6 +125,8 @@ class BlockImpl : public torch::nn::Cloneable<BlockImpl> {
     at::Tensor memory_keep =
         {};  ///< [B, 1, 1], 0 where the row's memory is dropped; may be undefined
     WriteStrength write = {};
+    /// Runs in place of `x + feed_forward(feed_forward_norm(x))`; null: that.
+    const std::function<at::Tensor(const at::Tensor& x)>* feed_forward = nullptr;
   };
 
   explicit BlockImpl(LanguageModelConfig config, int64_t layer = 0);

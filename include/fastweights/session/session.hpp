@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "fastweights/nn/state.hpp"
+#include "fastweights/session/end_to_end.hpp"
 #include "fastweights/session/exact_store.hpp"
 #include "fastweights/session/generator.hpp"
 #include "fastweights/session/log.hpp"
@@ -35,6 +36,15 @@ class Recollection;
 struct SessionSteps;
 class Writing;
 
+/// What a session has learned end to end, and the tokens of the step to come; undefined tensors
+/// where it does not.
+struct EndToEndState {
+  at::Tensor delta;      ///< ΔW of gate and up projection: [2 · feed_forward_width, width], fp32
+  at::Tensor waiting;    ///< residual streams before the feed-forward [every, width], then zeros
+  at::Tensor tokens;     ///< int64 [every]
+  at::Tensor strengths;  ///< fp32 [every], on the CPU like the tokens
+};
+
 /// A place in a text, and all that decides what comes next there. Nothing writes into the tensors
 /// of a session between its calls, so copies share them.
 struct Place {
@@ -43,6 +53,7 @@ struct Place {
   std::int64_t limited_writes = 0;  ///< β that were limited to the stable range up to here
   std::shared_ptr<Recollection> recollection = {};  ///< null where there is no exact store
   std::int64_t capped_norms = 0;  ///< matrices that the write policy scaled down up to here
+  EndToEndState end_to_end = {};
 };
 
 }  // namespace detail
@@ -66,6 +77,8 @@ struct SessionOptions {
   std::optional<ExactStoreOptions> store = {};
   /// What is done to its writes beyond what the model was trained to do.
   WritePolicy policy = {};
+  /// Gradient steps on the last block's feed-forward, in a ΔW of the session's own; none: no steps.
+  std::optional<EndToEndOptions> end_to_end = {};
 };
 
 /// A place in a session's text: a mark, or a position.

@@ -21,6 +21,8 @@
 ///     default:
 ///                                    strength, memory_norm_cap, head_norm_cap, has a surprise
 ///                                    gate; its low, high, least, most
+///     …end_to_end.…                  beside each of these, of a session that learns end to end
+///     session.end_to_end             I64 [1, 3], the bits of fp64: learning rate, every, clip
 ///     …store.place, .matches, .mixture, .hidden, .logits   beside each of these, of an exact store
 ///     content.store.…                what the store holds, and what it dropped since a checkpoint
 ///     base.content.store.…           what it held where the log begins
@@ -40,11 +42,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "fastweights/io/safetensors.hpp"
+#include "fastweights/session/end_to_end.hpp"
 #include "fastweights/session/log.hpp"
 #include "fastweights/session/mark.hpp"
 #include "fastweights/session/write_policy.hpp"
@@ -70,6 +74,7 @@ struct StateFile {
   std::int64_t limited_writes = 0;       ///< see SessionReport
   std::int64_t base_limited_writes = 0;  ///< the same where the log begins
   WritePolicy policy = {};
+  std::optional<EndToEndOptions> end_to_end = {};
   SessionLog log;
   std::vector<MarkEntry> marks;
   std::vector<StoredCheckpoint> checkpoints;  ///< in order, at boundaries of the log's steps
