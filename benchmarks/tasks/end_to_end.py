@@ -64,7 +64,7 @@ class GradientSteps:
             total += float(loss.detach()) * rows.shape[0]
             last = out.logits[:, -1].detach()
             self.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
         return total / torch.log(torch.tensor(2.0)).item() / (tokens.shape[1] - 1)

@@ -66,9 +66,10 @@ def variants(folders: list[Path]) -> dict[str, tuple[Path, bool, bool]]:
     """Name → model folder, with the memory at the head, with the exact store."""
     out: dict[str, tuple[Path, bool, bool]] = {}
     for folder in folders:
-        out[f"{folder.name}: blocks alone"] = (folder, False, False)
-        out[f"{folder.name}: blocks and head"] = (folder, True, False)
-        out[f"{folder.name}: with the exact store"] = (folder, True, True)
+        name = folder.parent.name if folder.name == "model" else folder.name
+        out[f"{name}: blocks alone"] = (folder, False, False)
+        out[f"{name}: blocks and head"] = (folder, True, False)
+        out[f"{name}: with the exact store"] = (folder, True, True)
     return out
 
 
