@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from fastweights import Session, SurpriseGate, WritePolicy
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "tasks")]
 from continual.facts import Fact, exchange_text, fact_sets, shuffled
@@ -35,6 +37,7 @@ from continual.learners import (
     ElasticWeights,
     Frozen,
     Gradient,
+    InSession,
     Learner,
     LoRA,
     RandomSteps,
@@ -55,6 +58,7 @@ RWKV7 = ROOT / "benchmarks" / "baselines" / "rwkv7_reader.safetensors"
 
 Make = Callable[[Any, bytes, int], Learner]
 STEPS = 16  # on each text
+POLICY = WritePolicy(surprise=SurpriseGate(0, 4, 0.5, 1), memory_norm_cap=20, head_norm_cap=200)
 
 
 def learners(folder: Path) -> dict[str, Make]:
@@ -68,6 +72,15 @@ def learners(folder: Path) -> dict[str, Make]:
         "fast weights in the blocks": lambda model, base, seed: Carried(model),
         "fast weights, blocks and head": lambda model, base, seed: Carried(with_head()),
         "fast weights and exact store": lambda model, base, seed: CarriedWithStore(with_head()),
+        "fast weights under a policy": lambda model, base, seed: InSession(
+            Session(with_head(), policy=POLICY)
+        ),
+        "fast weights, end to end": lambda model, base, seed: InSession(
+            Session(model, end_to_end=True)
+        ),
+        "fast weights, end to end and exact store": lambda model, base, seed: InSession(
+            Session(model, end_to_end=True, store=True)
+        ),
         "fast weights and consolidation": lambda model, base, seed: Consolidated(
             with_head(), base[:GUARDED_BYTES]
         ),

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <deque>
 #include <random>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -364,6 +365,81 @@ TEST_CASE("successive tokens of a session get the same bits in one pass", "[deco
         CHECK(kept == at_step[static_cast<std::size_t>(count)]);
       }
     }
+  }
+}
+
+TEST_CASE("a session's own change of the last feed-forward is as one of the weights",
+          "[decoding]") {
+  for (const bool odd : {false, true}) {
+    const RandomModel random({"", DType::kFloat32, true, true, odd});
+    const DecodingSizes& s = random.model.sizes;
+    const auto width = static_cast<std::size_t>(s.width);
+    const auto elements = static_cast<std::size_t>(s.feed_forward_width) * width;
+    std::mt19937 generator(3);
+    std::vector<float> delta(2 * elements);
+    for (float& each : delta) each = 0.1F * std::normal_distribution<float>()(generator);
+
+    DecodingModel changed = random.model;
+    auto& last = changed.layers.back();
+    std::vector<float> gate(elements), up(elements);
+    for (std::size_t i = 0; i < elements; ++i) {
+      gate[i] = static_cast<const float*>(last.gate.data)[i] + delta[i];
+      up[i] = static_cast<const float*>(last.up.data)[i] + delta[elements + i];
+    }
+    last.gate.data = gate.data();
+    last.up.data = up.data();
+
+    // Three sessions, of which the second has the change.
+    std::vector<SessionState> states(3, SessionState(random));
+    std::vector<std::vector<DecodingState>> views;
+    for (SessionState& state : states) views.push_back(state.views());
+    std::vector<Floats> mixed(3, Floats(width, std::nanf("")));
+    std::vector<DecodingToken> tokens;
+    for (std::size_t i = 0; i < 3; ++i) {
+      tokens.push_back({.token = 5,
+                        .position = 0,
+                        .states = views[i].data(),
+                        .head = states[i].head(),
+                        .feed_forward_delta = i == 1 ? delta.data() : nullptr,
+                        .mixed = mixed[i].data()});
+    }
+    const auto run = [](const DecodingModel& model, std::span<const DecodingToken> some) {
+      const auto count = static_cast<std::int64_t>(some.size());
+      AlignedBuffer<float> scratch(static_cast<std::size_t>(decoding_scratch(model, count)));
+      Floats logits(some.size() * kVocabulary, std::nanf(""));
+      decode_tokens(model, some, scratch.data(), logits.data(), serial_executor());
+      return logits;
+    };
+    const Floats logits = run(random.model, tokens);
+    const auto of = [&](std::size_t i) {
+      Floats own(kVocabulary);
+      std::copy_n(logits.begin() + static_cast<std::ptrdiff_t>(i * kVocabulary), kVocabulary,
+                  own.begin());
+      return own;
+    };
+    CHECK(of(0) == of(2));
+    CHECK(mixed[0] == mixed[1]);  // the change comes behind it
+    const auto alone = [&](const DecodingModel& model, const float* change) {
+      SessionState state(random);
+      const auto view = state.views();
+      const DecodingToken token{.token = 5,
+                                .position = 0,
+                                .states = view.data(),
+                                .head = state.head(),
+                                .feed_forward_delta = change};
+      return run(model, {&token, 1});
+    };
+    CHECK(of(0) == alone(random.model, nullptr));
+    CHECK(of(1) == alone(random.model, delta.data()));
+    const Floats expected = alone(changed, nullptr);
+    const Floats without = of(0);
+    double error = 0, difference = 0;
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      error = std::max(error, static_cast<double>(std::abs(expected[i] - of(1)[i])));
+      difference = std::max(difference, static_cast<double>(std::abs(expected[i] - without[i])));
+    }
+    CHECK(error < 1e-4);
+    CHECK(difference > 0.05);
   }
 }
 

@@ -207,6 +207,27 @@ class CarriedWithStore(Carried):
         return float(torch.cat(bits)[1:].mean())
 
 
+class InSession:
+    """A session reads each text; copies of it are asked."""
+
+    def __init__(self, session: fastweights.Session) -> None:
+        self.session = session
+
+    def learn(self, text: bytes) -> None:
+        self.session.read(text)
+
+    def answer_bits(self, prompts: Sequence[bytes], answers: Sequence[bytes]) -> Tensor:
+        out = []
+        for prompt in prompts:
+            asked = self.session.fork()
+            asked.read(prompt)
+            out.append([asked.score(answer) * len(answer) for answer in answers])
+        return torch.tensor(out)
+
+    def text_bits(self, text: bytes) -> float:
+        return float(self.session.token_bits(text)[1:].mean())
+
+
 class Consolidated(Frozen):
     """A session reads each text and is consolidated; fresh sessions of the new model are asked.
 
