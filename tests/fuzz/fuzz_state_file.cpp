@@ -36,6 +36,8 @@ void check(Bytes file) {
   require(again.limited_writes == state->limited_writes &&
               again.base_limited_writes == state->base_limited_writes,
           "counts survive writing");
+  require(again.policy == state->policy && again.end_to_end == state->end_to_end,
+          "policy and learning end to end survive writing");
   require(again.marks == state->marks, "marks survive writing");
   require(again.checkpoints == state->checkpoints, "checkpoints survive writing");
   require(again.log == state->log, "the log survives writing");

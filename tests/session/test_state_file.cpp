@@ -1,9 +1,11 @@
 #include <algorithm>
+#include <bit>
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/matchers/catch_matchers_exception.hpp>
 #include <catch2/matchers/catch_matchers_string.hpp>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <utility>
@@ -34,6 +36,10 @@ StateFile example() {
                  .journal_bytes = 1 << 20,
                  .limited_writes = 9,
                  .base_limited_writes = 2,
+                 .policy = {.strength = 0.5F,
+                            .surprise = fastweights::SurpriseGate{1.0, 5.0, 0.25F, 1.5F},
+                            .memory_norm_cap = 3.0},
+                 .end_to_end = fastweights::EndToEndOptions{0.25, 48, 2.5},
                  .log = fastweights::SessionLog(256, {7, 4, 3, {0xFFFFFFFFFFFFFFFFU, 3}}),
                  .marks = {},
                  .checkpoints = {{7, 2}, {12, 9}},
@@ -71,6 +77,8 @@ struct Forgery {
   std::vector<std::int64_t> strengths = {};
   std::vector<std::int64_t> marks = {};
   std::vector<std::int64_t> checkpoints = {};
+  std::vector<std::vector<double>> policy = {};
+  std::vector<std::vector<double>> end_to_end = {};
   std::uint32_t version = 2;
 
   Buffer file() const {
@@ -81,12 +89,23 @@ struct Forgery {
                             {std::ssize(rows) / fields, fields},
                             std::as_bytes(std::span(rows))};
     };
-    const std::vector<io::TensorData> tensors = {
+    const auto bits_of = [](const std::vector<std::vector<double>>& rows) {
+      std::vector<std::int64_t> bits;
+      for (const auto& row : rows) {
+        for (const double each : row) bits.push_back(std::bit_cast<std::int64_t>(each));
+      }
+      return bits;
+    };
+    const auto policy_bits = bits_of(policy);
+    const auto end_to_end_bits = bits_of(end_to_end);
+    std::vector<io::TensorData> tensors = {
         {"log.tokens", io::ScalarType::U8, tokens_shape, std::as_bytes(std::span(tokens))},
         {"log.calls", io::ScalarType::I64, calls_shape, std::as_bytes(std::span(calls))},
         table("log.strengths", strengths, 3),
         table("log.marks", marks, 3),
         table("log.checkpoints", checkpoints, 2)};
+    if (!policy.empty()) tensors.push_back(table("session.policy", policy_bits, 4));
+    if (!end_to_end.empty()) tensors.push_back(table("session.end_to_end", end_to_end_bits, 3));
     const std::size_t known = version == 1 ? 2 : tensors.size();
     return seal_state_file(io::serialize_safetensors(std::span(tensors).first(known), metadata),
                            version);
@@ -118,6 +137,8 @@ TEST_CASE("a state file gives back what was put in", "[state_file]") {
   const StateFile again = parse_state_file(bytes);
   CHECK(again.model == file.model);
   CHECK(again.piece == file.piece);
+  CHECK(again.policy == file.policy);
+  CHECK(again.end_to_end == file.end_to_end);
   CHECK(again.journal_bytes == file.journal_bytes);
   CHECK(again.limited_writes == file.limited_writes);
   CHECK(again.base_limited_writes == file.base_limited_writes);
@@ -263,6 +284,41 @@ TEST_CASE("forged strengths, marks and checkpoints are refused", "[state_file]")
   check_refused(checkpoints({2, 0, 2, 0}), "in order");
   check_refused(checkpoints({-2, 0}), "impossible");
   check_refused(checkpoints({2, -1}), "impossible");
+}
+
+TEST_CASE("forged options are refused", "[state_file]") {
+  Forgery whole;
+  whole.policy = {{1.0, 0.0, 2.0, 0.0}, {0.0, 0.0, 0.0, 0.0}};
+  whole.end_to_end = {{1.0, 32.0, 1.0}};
+  const Buffer bytes = whole.file();
+  const StateFile file = parse_state_file(bytes);
+  CHECK(file.policy.head_norm_cap == 2.0);
+  CHECK(file.end_to_end == fastweights::EndToEndOptions{1.0, 32, 1.0});
+
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const std::vector<std::vector<std::vector<double>>> policies = {
+      {{1.0, 0.0, 0.0, 0.0}},
+      {{nan, 0.0, 0.0, 0.0}, {0.0, 0.0, 0.0, 0.0}},
+      {{3.0, 0.0, 0.0, 0.0}, {0.0, 0.0, 0.0, 0.0}},
+      {{1.0, 0.0, 0.0, 1.0}, {5.0, 1.0, 0.0, 1.0}}};
+  for (const auto& rows : policies) {
+    Forgery forged;
+    forged.policy = rows;
+    check_refused(forged.file(), "malformed");
+  }
+  const std::vector<std::vector<std::vector<double>>> options = {
+      {{1.0, 32.0, 1.0}, {1.0, 32.0, 1.0}},
+      {{nan, 32.0, 1.0}},
+      {{1.0, nan, 1.0}},
+      {{1.0, 1e300, 1.0}},
+      {{1.0, 1.5, 1.0}},
+      {{1.0, 0.0, 1.0}},
+      {{1.0, 32.0, -1.0}}};
+  for (const auto& rows : options) {
+    Forgery forged;
+    forged.end_to_end = rows;
+    check_refused(forged.file(), "malformed");
+  }
 }
 
 TEST_CASE("files of version 1 are still read", "[state_file]") {
