@@ -73,7 +73,7 @@ class ExactStore:
     ) -> ExactStore: ...
     def copy(self) -> ExactStore: ...
 
-_PolicyFields = tuple[float, tuple[float, float, float, float] | None, float, float]
+_PolicyFields = tuple[float, tuple[float, float, float, float] | None, float, float, float]
 _EndToEndFields = tuple[float, int, float]
 _Trial = tuple[float, float, float, float, float]
 

@@ -479,9 +479,9 @@ class Session:
     @property
     def policy(self) -> WritePolicy:
         """What is done to its writes beyond what the model was trained to do."""
-        strength, gate, memory_norm_cap, head_norm_cap = self._session.policy()
+        strength, gate, memory_norm_cap, head_norm_cap, ridge = self._session.policy()
         surprise = None if gate is None else SurpriseGate(*gate)
-        return WritePolicy(strength, surprise, memory_norm_cap, head_norm_cap)
+        return WritePolicy(strength, surprise, memory_norm_cap, head_norm_cap, ridge)
 
     @property
     def end_to_end(self) -> EndToEndOptions | None:

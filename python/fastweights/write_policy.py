@@ -33,6 +33,11 @@ class WritePolicy(NamedTuple):
     # larger after a piece, or after a written token, is scaled down; the report counts it.
     memory_norm_cap: float = 0.0
     head_norm_cap: float = 0.0  # the same of the matrix at the head
+    # Recursive least squares in the blocks: above 0, each head's matrix is, after every token, the
+    # exact ridge solution over all that was learned, weighted by beta, around the matrix that the
+    # session began with. Nothing decays: a decay would shrink the solution. It runs in fp64 and
+    # module by module; 0: the model's own rule.
+    ridge: float = 0.0
 
 
 AS_TRAINED = WritePolicy()

@@ -41,7 +41,8 @@ at::Tensor BlockImpl::mix(const at::Tensor& x, const BlockState& state, const at
     mixed = mixed.addcmul(mix_attention, result.o);
   }
   if (memory_enabled && !memory.is_empty()) {
-    auto result = memory->forward(normed, state.memory, options.in_place, options.write);
+    auto result =
+        memory->forward(normed, state.memory, options.in_place, options.write, options.rule);
     next.memory = std::move(result.state);
     const auto scale =
         options.memory_keep.defined() ? mix_memory * options.memory_keep : mix_memory;

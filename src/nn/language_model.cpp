@@ -207,6 +207,11 @@ LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& tokens,
   LanguageModelState next;
   next.blocks.reserve(blocks.size());
   for (std::size_t n = 0; n < blocks.size(); ++n) {
+    if (options.memory_rule) {
+      block_options.rule = [&options, n](const MemoryRuleCall& call) {
+        return options.memory_rule(static_cast<int64_t>(n), call);
+      };
+    }
     if (n + 1 == blocks.size() && options.last_feed_forward) {
       block_options.feed_forward = &options.last_feed_forward;
     }

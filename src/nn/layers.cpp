@@ -136,7 +136,8 @@ MemoryState FastWeightMemoryImpl::initial_state(int64_t batch) const {
 
 FastWeightMemoryImpl::Output FastWeightMemoryImpl::forward(const at::Tensor& x,
                                                            const MemoryState& state, bool in_place,
-                                                           const WriteStrength& write) const {
+                                                           const WriteStrength& write,
+                                                           const MemoryRule& rule) const {
   const auto optional = [](const at::Tensor& tensor) {
     return tensor.defined() ? std::optional(tensor) : std::nullopt;
   };
@@ -147,7 +148,7 @@ FastWeightMemoryImpl::Output FastWeightMemoryImpl::forward(const at::Tensor& x,
       fast_weight_memory(project(query, x), project(key, x), project(value, x), project(beta, x),
                          decay.is_empty() ? std::nullopt : std::optional(project(decay, x)),
                          project(gate, x), convolution_weight, optional(a_log), optional(dt_bias),
-                         norm_weight, state.state, state.conv, params, write);
+                         norm_weight, state.state, state.conv, params, write, rule);
   return {project(output, o), {std::move(next), std::move(conv)}};
 }
 

@@ -141,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
     const OptionalTensor& decay, const at::Tensor& gate, const at::Tensor& convolution_weight,
     const OptionalTensor& a_log, const OptionalTensor& dt_bias, const at::Tensor& norm_weight,
     const OptionalTensor& state, const OptionalTensor& convolution_state,
-    const FastWeightMemoryParams& params, const WriteStrength& write) {
+    const FastWeightMemoryParams& params, const WriteStrength& write, const MemoryRule& rule) {
   check(query, key, value, beta, gate, params);
   const bool gated = params.rule == "gated_delta_rule";
   detail::check_that(gated || params.rule == "delta_rule", kOp,
@@ -173,7 +173,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
     rate = strengthened(rate, strength, write.limited);
     if (gated) g = weakened(g, strength);
   }
-  const auto [o, next] = write_and_read(heads, g, rate, memory, params.in_place);
+  const auto [o, next] = rule ? rule({heads.q, heads.k, heads.v, g, rate, memory})
+                              : write_and_read(heads, g, rate, memory, params.in_place);
   const auto y = gated_rms_norm(o, split_heads(gate, params.value_heads), norm_weight, params.eps);
   return {y.flatten(-2), next, heads.convolution_state};
 }

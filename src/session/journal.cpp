@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "feed_forward_learner.hpp"
+#include "least_squares.hpp"
 #include "recollection.hpp"
 
 namespace fastweights::detail {
@@ -20,6 +21,9 @@ std::int64_t bytes_of(const Place& place) {
     bytes += static_cast<std::int64_t>(tensor.nbytes());
   }
   for (const auto& [name, tensor] : tensors_of(place.end_to_end)) {
+    bytes += static_cast<std::int64_t>(tensor.nbytes());
+  }
+  for (const at::Tensor& tensor : place.covariances) {
     bytes += static_cast<std::int64_t>(tensor.nbytes());
   }
   return bytes;
@@ -67,7 +71,9 @@ Place in_own_pages(const Place& place) {
   nn::NamedTensors tensors = place.state.tensors();
   tensors.emplace_back("logits", place.logits);
   for (const auto& each : tensors_of(place.end_to_end)) tensors.push_back(each);
+  for (const auto& each : tensors_of(place.covariances)) tensors.push_back(each);
   move_to_own_pages(tensors);
+  Covariances covariances = take_covariances(tensors);
   EndToEndState end_to_end = take_end_to_end(tensors);
   at::Tensor logits = std::move(tensors.back().second);
   tensors.pop_back();
@@ -76,7 +82,8 @@ Place in_own_pages(const Place& place) {
           place.limited_writes,
           place.recollection,
           place.capped_norms,
-          std::move(end_to_end)};
+          std::move(end_to_end),
+          std::move(covariances)};
 }
 
 }  // namespace

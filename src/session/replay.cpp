@@ -12,6 +12,7 @@
 #include "fastweights/core/error.hpp"
 #include "fastweights/nn/language_model.hpp"
 #include "feed_forward_learner.hpp"
+#include "least_squares.hpp"
 #include "recollection.hpp"
 
 namespace fastweights::detail {
@@ -130,9 +131,14 @@ std::int64_t Replay::position() const { return place_.state.position.item<std::i
 /// Calls the model on tokens of one row, which learns end to end where the session does.
 nn::LanguageModelOutput Replay::forward(std::span<const std::int64_t> tokens,
                                         std::span<const float> strengths,
-                                        nn::ForwardOptions options,
-                                        EndToEndState& end_to_end) const {
+                                        nn::ForwardOptions options, EndToEndState& end_to_end,
+                                        Covariances& covariances) const {
   const at::Tensor input = to_tensor(tokens).unsqueeze(0).to(device_of(model_));
+  if (policy_.ridge > 0.0) {
+    options.memory_rule = [&](std::int64_t layer, const MemoryRuleCall& call) {
+      return least_squares(call, covariances[static_cast<std::size_t>(layer)]);
+    };
+  }
   if (!options_.end_to_end) return model_.forward(input, place_.state, options);
   FeedForwardLearner learner(*options_.end_to_end, model_, end_to_end, position());
   options.last_feed_forward = [&](const at::Tensor& mixed) {
@@ -154,7 +160,9 @@ std::vector<float> Replay::policy_strengths(std::span<const std::int64_t> tokens
     for (float& each : ungated) each = strength_under(without, each, 0.0);
     EndToEndState end_to_end = place_.end_to_end;
     const auto options = options_for(ungated, device_of(model_));
-    const at::Tensor rows = forward(tokens, ungated, options, end_to_end).logits.squeeze(0);
+    Covariances covariances = place_.covariances;
+    const at::Tensor rows =
+        forward(tokens, ungated, options, end_to_end, covariances).logits.squeeze(0);
     const at::Tensor costs = bits_of(tokens, predictions(), rows.to(at::kFloat));
     std::copy_n(costs.const_data_ptr<float>(), bits.size(), bits.begin());
   }
@@ -180,7 +188,8 @@ at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const fl
   at::Tensor hidden;
   if (place_.recollection) options.hidden = &hidden;
   EndToEndState end_to_end = place_.end_to_end;
-  auto [logits, state] = forward(tokens, strengths, options, end_to_end);
+  Covariances covariances = place_.covariances;
+  auto [logits, state] = forward(tokens, strengths, options, end_to_end, covariances);
   at::Tensor rows = logits.squeeze(0).to(at::kFloat);
   check_finite(rows[-1], state, end_to_end.delta);
   const std::int64_t limited =
@@ -193,14 +202,15 @@ at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const fl
             place_.limited_writes + limited,
             std::move(place_.recollection),
             place_.capped_norms,
-            std::move(end_to_end)};
+            std::move(end_to_end),
+            std::move(covariances)};
   own_ = false;  // a branch that is switched off passes its tensors on
   cap_norms();
   return rows;
 }
 
 void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const WrittenToken> tokens) {
-  const auto decoder = Decoder::of(model);
+  const auto kernels = Decoder::of(model);
   std::vector<at::Tensor> hidden(tokens.size());
   std::vector<at::Tensor> mixed(tokens.size());
   std::vector<float> strengths(tokens.size());
@@ -210,6 +220,7 @@ void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const Writ
   runs.reserve(tokens.size());
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     const auto& [replay, token, guesses] = tokens[i];
+    const Decoder* decoder = replay->policy_.ridge > 0.0 ? nullptr : kernels.get();
     strengths[i] = replay->policy_strength(token);
     if (replay->has_read(token)) continue;
     replay->settle();
@@ -236,7 +247,7 @@ void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const Writ
       replay->step_by_modules(step);
     }
   }
-  if (!steps.empty() || !ahead.empty()) decoder->step(model, steps, ahead);
+  if (!steps.empty() || !ahead.empty()) kernels->step(model, steps, ahead);
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     Replay& replay = *tokens[i].replay;
     if (replay.is_ahead_) replay.take_ahead(hidden[i]);
@@ -256,7 +267,8 @@ void Replay::step_by_modules(const DecoderStep& step) {
   if (step.strength != 1.0F) options = options_for({&step.strength, 1}, device_of(model_));
   options.in_place = true;
   options.hidden = step.hidden;
-  auto [logits, state] = forward({&step.token, 1}, {&step.strength, 1}, options, place_.end_to_end);
+  auto [logits, state] = forward({&step.token, 1}, {&step.strength, 1}, options, place_.end_to_end,
+                                 place_.covariances);
   if (options.limited_writes.defined()) {
     place_.limited_writes += options.limited_writes.item<std::int64_t>();
   }

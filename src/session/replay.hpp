@@ -65,7 +65,7 @@ class Replay {
  private:
   nn::LanguageModelOutput forward(std::span<const std::int64_t> tokens,
                                   std::span<const float> strengths, nn::ForwardOptions options,
-                                  EndToEndState& end_to_end) const;
+                                  EndToEndState& end_to_end, Covariances& covariances) const;
   std::int64_t position() const;
   void own_state();
   void settle();

@@ -23,6 +23,7 @@
 #include "feed_forward_learner.hpp"
 #include "fingerprint.hpp"
 #include "journal.hpp"
+#include "least_squares.hpp"
 #include "recollection.hpp"
 #include "replay.hpp"
 #include "session_steps.hpp"
@@ -76,6 +77,9 @@ Place fresh_place(const nn::LanguageModelImpl& model, const SessionOptions& sess
   if (session.store) place.recollection = std::make_shared<Recollection>(*session.store, model);
   if (session.end_to_end) {
     place.end_to_end = detail::initial_end_to_end(*session.end_to_end, model);
+  }
+  if (session.policy.ridge > 0.0 && model.config().memory) {
+    place.covariances = detail::initial_covariances(session.policy.ridge, model);
   }
   return place;
 }
@@ -154,6 +158,7 @@ NamedTensors tensors_of(const Place& place) {
   NamedTensors tensors = place.state.tensors();
   tensors.emplace_back("logits", place.logits);
   for (const auto& each : detail::tensors_of(place.end_to_end)) tensors.push_back(each);
+  for (const auto& each : detail::tensors_of(place.covariances)) tensors.push_back(each);
   return tensors;
 }
 
@@ -224,6 +229,7 @@ Place restored_place(const Place& like, const WritePolicy& policy, const std::st
   NamedTensors own = tensors_of(like);
   for (auto& [name, tensor] : own) tensor = restored(prefix + name, tensor, tensors);
   Place place;
+  place.covariances = detail::take_covariances(own);
   place.end_to_end = detail::take_end_to_end(own);
   place.logits = own.back().second;
   own.pop_back();

@@ -40,6 +40,9 @@ std::int64_t bytes_of(const Place& place) {
   for (const auto& [name, tensor] : tensors_of(place.end_to_end)) {
     bytes += static_cast<std::int64_t>(tensor.nbytes());
   }
+  for (const at::Tensor& tensor : place.covariances) {
+    bytes += static_cast<std::int64_t>(tensor.nbytes());
+  }
   return bytes;
 }
 

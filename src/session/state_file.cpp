@@ -210,9 +210,11 @@ RealRow real_row_of(const Row& row) {
 std::vector<RealRow> rows_of(const WritePolicy& policy) {
   if (policy == WritePolicy()) return {};
   const SurpriseGate gate = policy.surprise.value_or(SurpriseGate());
-  return {
+  std::vector<RealRow> rows = {
       {policy.strength, policy.memory_norm_cap, policy.head_norm_cap, policy.surprise ? 1.0 : 0.0},
       {gate.low, gate.high, gate.least, gate.most}};
+  if (policy.ridge > 0.0) rows.push_back({policy.ridge, 0.0, 0.0, 0.0});
+  return rows;
 }
 
 std::vector<RealRow> rows_of(const std::optional<EndToEndOptions>& options) {
@@ -229,6 +231,7 @@ WritePolicy policy_of(const std::vector<RealRow>& rows) {
   if (gated != 0.0) {
     policy.surprise = {low, high, static_cast<float>(least), static_cast<float>(most)};
   }
+  if (rows.size() == 3) policy.ridge = rows[2][0];
   return policy;
 }
 
@@ -337,7 +340,7 @@ SessionLog parse_log(const io::SafetensorsView& view, bool version_1) {
 WritePolicy parse_policy(const io::SafetensorsView& view) {
   if (view.find(kPolicy.name) == nullptr) return {};
   const std::vector<RealRow> rows = unpack(view, kPolicy, real_row_of);
-  if (rows.size() != 2) refuse("malformed: a write policy has two rows");
+  if (rows.size() != 2 && rows.size() != 3) refuse("malformed: a write policy has 2 or 3 rows");
   WritePolicy policy = policy_of(rows);
   or_malformed([&] {
     check_write_policy(policy);

@@ -23,6 +23,13 @@ void check_write_policy(const WritePolicy& policy) {
   check("strength", policy.strength, 2.0);
   check("memory_norm_cap", policy.memory_norm_cap, HUGE_VAL);
   check("head_norm_cap", policy.head_norm_cap, HUGE_VAL);
+  check("ridge", policy.ridge, HUGE_VAL);
+  if (policy.ridge > 0.0 && policy.memory_norm_cap > 0.0) {
+    throw Error(
+        "write policy: a memory_norm_cap has no place beside a ridge: a matrix that was scaled "
+        "down "
+        "is no least-squares solution");
+  }
   if (!policy.surprise) return;
   const auto& [low, high, least, most] = *policy.surprise;
   check("low", low, HUGE_VAL);

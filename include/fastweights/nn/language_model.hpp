@@ -33,6 +33,10 @@ struct ForwardOptions {
   /// Gets the final hidden states, normed, that the logits are made of: [B, T, width] (in Python: a
   /// forward hook on `norm`).
   at::Tensor* hidden = nullptr;
+  /// Runs in place of the rule of each layer's memory, see MemoryRule; inference only. Empty: the
+  /// model's own.
+  std::function<std::tuple<at::Tensor, at::Tensor>(int64_t layer, const MemoryRuleCall& call)>
+      memory_rule = {};
   /// Runs in place of the last block's feed-forward: gets the residual stream before it [B, T,
   /// width] and returns that behind it. Empty: `x + feed_forward(feed_forward_norm(x))`.
   std::function<at::Tensor(const at::Tensor& x)> last_feed_forward = {};

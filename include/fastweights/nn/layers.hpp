@@ -92,8 +92,9 @@ class FastWeightMemoryImpl : public torch::nn::Cloneable<FastWeightMemoryImpl> {
   /// @param x        [B, T, width]
   /// @param in_place inference only: `state` may be overwritten
   /// @param write    how strongly each token is learned
+  /// @param rule     runs in place of the layer's own; empty: that
   Output forward(const at::Tensor& x, const MemoryState& state, bool in_place = false,
-                 const WriteStrength& write = {}) const;
+                 const WriteStrength& write = {}, const MemoryRule& rule = {}) const;
 
   torch::nn::Linear query{nullptr}, key{nullptr}, value{nullptr}, beta{nullptr}, decay{nullptr},
       gate{nullptr}, output{nullptr};
@@ -125,6 +126,7 @@ class BlockImpl : public torch::nn::Cloneable<BlockImpl> {
     at::Tensor memory_keep =
         {};  ///< [B, 1, 1], 0 where the row's memory is dropped; may be undefined
     WriteStrength write = {};
+    MemoryRule rule = {};  ///< runs in place of the memory's own; empty: that
     /// Runs in place of `x + feed_forward(feed_forward_norm(x))`; null: that.
     const std::function<at::Tensor(const at::Tensor& x)>* feed_forward = nullptr;
   };

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -26,6 +27,19 @@ struct WriteStrength {
   at::Tensor limited = {};  ///< int64 [1]: the number of β that were limited is added; or undefined
 };
 
+/// What the rule of a memory layer reads.
+struct MemoryRuleCall {
+  at::Tensor q, k;   ///< [B, T, H, K], convolved; the rule makes their length one
+  at::Tensor v;      ///< [B, T, HV, V]
+  at::Tensor g;      ///< log-decay [B, T, HV]; undefined where the rule has none
+  at::Tensor beta;   ///< [B, T, HV]
+  at::Tensor state;  ///< [B, HV, K, V], not to be written into
+};
+
+/// Another rule in place of the layer's own, for inference: returns o [B, T, HV, V] and the state
+/// after the last token.
+using MemoryRule = std::function<std::tuple<at::Tensor, at::Tensor>(const MemoryRuleCall&)>;
+
 /// Everything in a fast-weight memory layer that lies between its projections: short convolution
 /// over queries, keys and values, L2-normalised queries and keys, write strength `β = beta_max ·
 /// σ(beta)`, log-decay `g = −exp(a_log) · softplus(decay + dt_bias)` (Mamba-2, arXiv:2405.21060;
@@ -41,6 +55,7 @@ struct WriteStrength {
 /// @param state              [B, HV, K, V], zero unless given
 /// @param convolution_state  [B, W − 1, 2·H·K + HV·V], zero unless given
 /// @param write              strengths of the writes; their values are not checked
+/// @param rule               runs in place of the rule that `params` names; empty: that
 /// @return o [B, T, HV·V], the state and the convolution's state after the last token
 /// @throws ShapeError naming the tensor, the expected and the given shape
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
@@ -49,6 +64,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
     const at::Tensor& convolution_weight, const std::optional<at::Tensor>& a_log,
     const std::optional<at::Tensor>& dt_bias, const at::Tensor& norm_weight,
     const std::optional<at::Tensor>& state, const std::optional<at::Tensor>& convolution_state,
-    const FastWeightMemoryParams& params, const WriteStrength& write = {});
+    const FastWeightMemoryParams& params, const WriteStrength& write = {},
+    const MemoryRule& rule = {});
 
 }  // namespace fastweights

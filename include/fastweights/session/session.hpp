@@ -45,6 +45,10 @@ struct EndToEndState {
   at::Tensor strengths;  ///< fp32 [every], on the CPU like the tokens
 };
 
+/// What recursive least squares keeps of what each layer's memory was asked to hold: the inverse of
+/// ridge · I + Σ βᵢ k̂ᵢ k̂ᵢᵀ, fp64 [1, HV, K, K]. Empty under other rules.
+using Covariances = std::vector<at::Tensor>;
+
 /// A place in a text, and all that decides what comes next there. Nothing writes into the tensors
 /// of a session between its calls, so copies share them.
 struct Place {
@@ -54,6 +58,7 @@ struct Place {
   std::shared_ptr<Recollection> recollection = {};  ///< null where there is no exact store
   std::int64_t capped_norms = 0;  ///< matrices that the write policy scaled down up to here
   EndToEndState end_to_end = {};
+  Covariances covariances = {};
 };
 
 }  // namespace detail

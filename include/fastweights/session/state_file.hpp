@@ -17,10 +17,12 @@
 ///     base.…                         the same where its log begins, if something was committed
 ///     checkpoints.I.…                the same at checkpoint I, but not if that is the present
 ///     …policy.capped_norms           I64 [1] beside each of these, of a write policy with caps
-///     session.policy                 I64 [2, 4], the bits of fp64, of a policy that is not the
-///     default:
+///     session.policy                 I64 [2 or 3, 4], the bits of fp64, of a policy that is not
+///     the default:
 ///                                    strength, memory_norm_cap, head_norm_cap, has a surprise
-///                                    gate; its low, high, least, most
+///                                    gate; its low, high, least, most; the ridge, where it is
+///                                    above
+///                                    0
 ///     …end_to_end.…                  beside each of these, of a session that learns end to end
 ///     session.end_to_end             I64 [1, 3], the bits of fp64: learning rate, every, clip
 ///     …store.place, .matches, .mixture, .hidden, .logits   beside each of these, of an exact store

@@ -35,6 +35,11 @@ struct WritePolicy {
   double memory_norm_cap = 0.0;
   /// The same of the matrix at the head.
   double head_norm_cap = 0.0;
+  /// Recursive least squares in the blocks: above 0, each head's matrix is, after every token, the
+  /// exact ridge solution over all that was learned, S = argmin Σ βᵢ ‖vᵢ − Sᵀ k̂ᵢ‖² + ridge · ‖S −
+  /// S₀‖² with the matrix S₀ that the session began with. Nothing decays: a decay would shrink the
+  /// solution. It runs in fp64 and module by module; 0: the model's own rule.
+  double ridge = 0.0;
 
   bool operator==(const WritePolicy&) const = default;
 

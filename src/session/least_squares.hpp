@@ -1,0 +1,26 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+#include "fastweights/nn/language_model.hpp"
+#include "fastweights/session/session.hpp"
+
+namespace fastweights::detail {
+
+/// Those before the first token: I / ridge.
+Covariances initial_covariances(double ridge, const nn::LanguageModelImpl& model);
+
+/// `layers.N.memory.covariance` of each layer.
+nn::NamedTensors tensors_of(const Covariances& covariances);
+/// The inverse: takes those tensors from the end of `tensors`.
+Covariances take_covariances(nn::NamedTensors& tensors);
+
+/// The rule of recursive least squares: after each token the state is the ridge solution over all
+/// tokens so far, weighted by β (docs/write_policies.md). Exact in chunks; fp64 inside.
+/// @param covariance [B, HV, K, K]; gets another tensor, that after the last token
+std::tuple<at::Tensor, at::Tensor> least_squares(const MemoryRuleCall& call,
+                                                 at::Tensor& covariance);
+
+}  // namespace fastweights::detail
