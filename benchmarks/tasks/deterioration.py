@@ -229,6 +229,11 @@ def main() -> None:
                 diagonal = np.mean(np.diag(np.array(row["accuracy"])))
                 progress.set_postfix_str(f"{row['learner']}: learned {diagonal:.2f}")
                 progress.update()
+    order = list(made)  # controls follow
+    rows.sort(
+        key=lambda row: order.index(row["learner"]) if row["learner"] in order else len(order)
+    )
+    save_record(arguments.output, Record(title, rows))
     print(table(rows))
     save_plot(rows, arguments.output.with_suffix(".png"))
 

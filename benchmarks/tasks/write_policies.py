@@ -43,6 +43,8 @@ def policies(session: Session) -> dict[str, WritePolicy]:
         "norms capped at a half": WritePolicy(
             memory_norm_cap=norms["memory"] / 2, head_norm_cap=norms["head"] / 2
         ),
+        "least squares, ridge 1": WritePolicy(ridge=1.0),
+        "least squares, ridge 100": WritePolicy(ridge=100.0),
     }
 
 
