@@ -26,6 +26,7 @@
 #include "guarded.hpp"
 #include "named_tensors.hpp"
 #include "policy_fields.hpp"
+#include "protection_fields.hpp"
 #include "session_calls.hpp"
 #include "store_fields.hpp"
 
@@ -46,14 +47,16 @@ std::unique_ptr<GuardedSession> make(const Model& model, std::int64_t piece, std
                                      std::int64_t journal_bytes,
                                      const std::optional<StoreFields>& store,
                                      const PolicyFields& policy,
-                                     const std::optional<EndToEndFields>& end_to_end) {
+                                     const std::optional<EndToEndFields>& end_to_end,
+                                     const std::optional<ProtectionFields>& protection) {
   return std::make_unique<GuardedSession>(
       "session", Session(model, {.piece = piece,
                                  .seed = seed,
                                  .journal_bytes = journal_bytes,
                                  .store = to_store_options(store),
                                  .policy = to_policy(policy),
-                                 .end_to_end = to_end_to_end(end_to_end)}));
+                                 .end_to_end = to_end_to_end(end_to_end),
+                                 .protection = to_protection(protection)}));
 }
 
 std::unique_ptr<GuardedSession> load(const Path& path, const Model& model) {
@@ -187,6 +190,7 @@ py::dict report(GuardedSession& self) {
   out["marks"] = report.marks;
   out["limited_writes"] = report.limited_writes;
   out["capped_norms"] = report.capped_norms;
+  out["refused_writes"] = report.refused_writes;
   out["store_tokens"] = report.store_tokens;
   out["store_bytes"] = report.store_bytes;
   return out;
@@ -198,6 +202,7 @@ std::unique_ptr<GuardedSession> replayed(GuardedSession& self, const Model& mode
                                          const std::optional<StoreFields>& store,
                                          const PolicyFields& policy,
                                          const std::optional<EndToEndFields>& end_to_end,
+                                         const std::optional<ProtectionFields>& protection,
                                          const py::object& progress) {
   const SessionLog log = self.use([](Session& session) { return session.log(); });
   const py::gil_scoped_release no_gil;
@@ -207,7 +212,8 @@ std::unique_ptr<GuardedSession> replayed(GuardedSession& self, const Model& mode
                                     .journal_bytes = journal_bytes,
                                     .store = to_store_options(store),
                                     .policy = to_policy(policy),
-                                    .end_to_end = to_end_to_end(end_to_end)},
+                                    .end_to_end = to_end_to_end(end_to_end),
+                                    .protection = to_protection(protection)},
                                    progress_of(progress)));
 }
 
@@ -244,9 +250,23 @@ std::unique_ptr<GuardedSession> copy(GuardedSession& self) {
 }  // namespace
 
 void bind_session(py::module_& module) {
+  module.def(
+      "protect_keys",
+      [](const Model& model, const py::bytes& text, double share, std::int64_t most,
+         double least_free) {
+        const std::string_view view(text);
+        const py::gil_scoped_release no_gil;
+        return to_fields(protect_keys(model, view, {share, most, least_free}));
+      },
+      py::arg("model"), py::arg("text"), py::arg("share"), py::arg("most"), py::arg("least_free"));
   py::class_<GuardedSession>(module, "Session")
       .def(py::init(&make), py::arg("model"), py::arg("piece"), py::arg("seed"),
-           py::arg("journal_bytes"), py::arg("store"), py::arg("policy"), py::arg("end_to_end"))
+           py::arg("journal_bytes"), py::arg("store"), py::arg("policy"), py::arg("end_to_end"),
+           py::arg("protection"))
+      .def("protection",
+           [](GuardedSession& self) {
+             return to_fields(self.use([](Session& s) { return s.options().protection; }));
+           })
       .def("end_to_end_options",
            [](GuardedSession& self) {
              return to_fields(self.use([](Session& s) { return s.options().end_to_end; }));
@@ -300,7 +320,8 @@ void bind_session(py::module_& module) {
       .def("strengths", &strengths)
       .def("report", &report)
       .def("replayed", &replayed, py::arg("model"), py::arg("piece"), py::arg("journal_bytes"),
-           py::arg("store"), py::arg("policy"), py::arg("end_to_end"), py::arg("progress"))
+           py::arg("store"), py::arg("policy"), py::arg("end_to_end"), py::arg("protection"),
+           py::arg("progress"))
       .def(
           "save",
           [](GuardedSession& self, const Path& path) {

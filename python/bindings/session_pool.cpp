@@ -17,6 +17,7 @@
 #include "end_to_end_fields.hpp"
 #include "fastweights/nn/language_model.hpp"
 #include "policy_fields.hpp"
+#include "protection_fields.hpp"
 #include "session_calls.hpp"
 #include "store_fields.hpp"
 
@@ -27,13 +28,11 @@ namespace py = pybind11;
 using Model = std::shared_ptr<nn::LanguageModelImpl>;
 using Path = std::filesystem::path;
 
-std::unique_ptr<SessionPool> make(const Model& model, std::int64_t memory_bytes, const Path& folder,
-                                  std::int64_t piece, std::uint64_t seed,
-                                  std::int64_t journal_bytes,
-                                  const std::optional<StoreFields>& store,
-                                  const PolicyFields& policy,
-                                  const std::optional<EndToEndFields>& end_to_end,
-                                  std::int64_t most_per_batch) {
+std::unique_ptr<SessionPool> make(
+    const Model& model, std::int64_t memory_bytes, const Path& folder, std::int64_t piece,
+    std::uint64_t seed, std::int64_t journal_bytes, const std::optional<StoreFields>& store,
+    const PolicyFields& policy, const std::optional<EndToEndFields>& end_to_end,
+    const std::optional<ProtectionFields>& protection, std::int64_t most_per_batch) {
   const auto poll = [] {
     const py::gil_scoped_acquire gil;
     check_signals();
@@ -46,7 +45,8 @@ std::unique_ptr<SessionPool> make(const Model& model, std::int64_t memory_bytes,
                                             .journal_bytes = journal_bytes,
                                             .store = to_store_options(store),
                                             .policy = to_policy(policy),
-                                            .end_to_end = to_end_to_end(end_to_end)},
+                                            .end_to_end = to_end_to_end(end_to_end),
+                                            .protection = to_protection(protection)},
                                 .most_per_batch = most_per_batch,
                                 .poll = poll});
 }
@@ -126,7 +126,8 @@ void bind_session_pool(py::module_& module) {
   py::class_<SessionPool>(module, "SessionPool")
       .def(py::init(&make), py::arg("model"), py::arg("memory_bytes"), py::arg("folder"),
            py::arg("piece"), py::arg("seed"), py::arg("journal_bytes"), py::arg("store"),
-           py::arg("policy"), py::arg("end_to_end"), py::arg("most_per_batch"))
+           py::arg("policy"), py::arg("end_to_end"), py::arg("protection"),
+           py::arg("most_per_batch"))
       .def("create", &SessionPool::create, py::arg("name"), py::arg("seed"), no_gil)
       .def("add", &add, py::arg("name"), py::arg("session"))
       .def("load", &SessionPool::load, py::arg("name"), py::arg("path"), no_gil)

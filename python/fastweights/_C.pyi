@@ -75,7 +75,12 @@ class ExactStore:
 
 _PolicyFields = tuple[float, tuple[float, float, float, float] | None, float, float, float]
 _EndToEndFields = tuple[float, int, float]
+_ProtectionFields = tuple[list[Tensor], float]
 _Trial = tuple[float, float, float, float, float]
+
+def protect_keys(
+    model: LanguageModel, text: bytes, share: float, most: int, least_free: float
+) -> _ProtectionFields: ...
 
 class Session:
     def __init__(
@@ -87,7 +92,9 @@ class Session:
         store: _StoreFields | None,
         policy: _PolicyFields,
         end_to_end: _EndToEndFields | None,
+        protection: _ProtectionFields | None,
     ) -> None: ...
+    def protection(self) -> _ProtectionFields | None: ...
     def end_to_end_options(self) -> _EndToEndFields | None: ...
     def store_options(self) -> _StoreFields | None: ...
     def policy(self) -> _PolicyFields: ...
@@ -172,6 +179,7 @@ class Session:
         store: _StoreFields | None,
         policy: _PolicyFields,
         end_to_end: _EndToEndFields | None,
+        protection: _ProtectionFields | None,
         progress: Callable[[int, int], bool | None] | None,
     ) -> Session: ...
     def copy(self) -> Session: ...
@@ -217,6 +225,7 @@ class SessionPool:
         store: _StoreFields | None,
         policy: _PolicyFields,
         end_to_end: _EndToEndFields | None,
+        protection: _ProtectionFields | None,
         most_per_batch: int,
     ) -> None: ...
     def create(self, name: str, seed: int | None) -> None: ...

@@ -35,6 +35,7 @@ from .judging import (
     preference_judge,
     write_judged,
 )
+from .protection import Protection, protect_keys
 from .session import Consolidation, ConsolidationTrial, Session
 from .session_pool import SessionPool
 from .write_policy import SurpriseGate, WritePolicy
@@ -54,6 +55,7 @@ __all__ = [
     "FileError",
     "JudgedPassage",
     "Judgement",
+    "Protection",
     "Session",
     "SessionPool",
     "ShapeError",
@@ -69,6 +71,7 @@ __all__ = [
     "nn",
     "ops",
     "preference_judge",
+    "protect_keys",
     "save_model",
     "write_judged",
 ]

@@ -12,6 +12,7 @@ from . import _C, nn
 from .end_to_end import EndToEndOptions
 from .errors import Error
 from .exact_store import ExactStoreOptions
+from .protection import Protection
 from .write_policy import AS_TRAINED, SurpriseGate, WritePolicy
 
 Text = str | bytes | bytearray | memoryview
@@ -51,6 +52,7 @@ class SessionReport(NamedTuple):
     marks: int  # that are valid
     limited_writes: int  # β that feedback would have raised beyond 2, in the session's present text
     capped_norms: int  # matrices that the write policy's caps scaled down, in the present text
+    refused_writes: int  # writes that a protection refused, in the present text
     store_tokens: int  # that the exact store was given; 0 without one
     store_bytes: int  # of what it keeps, whether copies share it or not
 
@@ -112,6 +114,7 @@ class Session:
         store: bool | ExactStoreOptions = False,
         policy: WritePolicy = AS_TRAINED,
         end_to_end: bool | EndToEndOptions = False,
+        protection: Protection | None = None,
     ) -> None:
         """An empty session.
 
@@ -127,6 +130,8 @@ class Session:
             policy: what is done to its writes beyond what the model was trained to do.
             end_to_end: whether it takes gradient steps on the last block's feed-forward, in a ΔW of
                 its own, or the options of these steps.
+            protection: keys of the memories in the blocks that writes leave alone, see
+                `protect_keys`. Such a session runs module by module.
 
         Raises:
             Error: the model's vocabulary is not that of bytes, a module was replaced or has hooks,
@@ -140,6 +145,7 @@ class Session:
             _store(store),
             policy,
             _end_to_end(end_to_end),
+            protection,
         )
 
     def read(self, text: Text, progress: Progress | None = None) -> None:
@@ -428,6 +434,7 @@ class Session:
         store: bool | ExactStoreOptions = False,
         policy: WritePolicy = AS_TRAINED,
         end_to_end: bool | EndToEndOptions = False,
+        protection: Protection | None = None,
         progress: Progress | None = None,
     ) -> "Session":
         """The session that has this one's log, on any model: all of it is replayed.
@@ -443,6 +450,7 @@ class Session:
                 _store(store),
                 policy,
                 _end_to_end(end_to_end),
+                protection,
                 progress,
             )
         )
@@ -488,6 +496,12 @@ class Session:
         """The options of its gradient steps; None where it takes none."""
         fields = self._session.end_to_end_options()
         return None if fields is None else EndToEndOptions(*fields)
+
+    @property
+    def protection(self) -> Protection | None:
+        """The keys that writes leave alone; None where there are none."""
+        fields = self._session.protection()
+        return None if fields is None else Protection(*fields)
 
     @property
     def fused(self) -> bool:

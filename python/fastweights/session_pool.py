@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 from . import _C, nn
 from .end_to_end import EndToEndOptions
 from .exact_store import ExactStoreOptions
+from .protection import Protection
 from .session import (
     Progress,
     Session,
@@ -71,6 +72,7 @@ class SessionPool:
         store: bool | ExactStoreOptions = False,
         policy: WritePolicy = AS_TRAINED,
         end_to_end: bool | EndToEndOptions = False,
+        protection: Protection | None = None,
         most_per_batch: int = 64,
     ) -> None:
         """A pool without sessions.
@@ -87,6 +89,7 @@ class SessionPool:
             store: see `Session`; counted in `memory_bytes` too.
             policy: see `Session`.
             end_to_end: see `Session`.
+            protection: see `Session`.
             most_per_batch: sessions whose next tokens are decoded together.
 
         Raises:
@@ -104,6 +107,7 @@ class SessionPool:
             _store(store),
             policy,
             _end_to_end(end_to_end),
+            protection,
             most_per_batch,
         )
 

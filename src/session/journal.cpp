@@ -83,7 +83,8 @@ Place in_own_pages(const Place& place) {
           place.recollection,
           place.capped_norms,
           std::move(end_to_end),
-          std::move(covariances)};
+          std::move(covariances),
+          place.refused_writes};
 }
 
 }  // namespace

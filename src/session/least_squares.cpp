@@ -16,13 +16,6 @@ constexpr std::int64_t kChunk = 64;
 
 constexpr const char* kSuffix = ".memory.covariance";
 
-/// Unit rows, as all rules normalise them: [B, T, H, D] → fp64 [B, HV, T, D].
-at::Tensor unit_rows(const at::Tensor& x, std::int64_t value_heads) {
-  const at::Tensor wide = x.to(at::kDouble);
-  const at::Tensor unit = wide * (wide.square().sum(-1, true) + 1e-6).rsqrt();
-  return unit.repeat_interleave(value_heads / x.size(2), 2).transpose(1, 2);
-}
-
 /// Tokens of a chunk, each [B, HV, T, …].
 struct Chunk {
   at::Tensor q, k, v;
@@ -79,11 +72,10 @@ Covariances take_covariances(nn::NamedTensors& tensors) {
 
 std::tuple<at::Tensor, at::Tensor> least_squares(const MemoryRuleCall& call,
                                                  at::Tensor& covariance) {
-  const auto heads = call.v.size(2);
   const double scale = 1.0 / std::sqrt(static_cast<double>(call.q.size(3)));
   const at::Tensor weight = call.beta.to(at::kDouble).sqrt().transpose(1, 2).unsqueeze(-1);
-  const at::Tensor q = unit_rows(call.q, heads) * scale;
-  const at::Tensor k = unit_rows(call.k, heads) * weight;
+  const at::Tensor q = call.q.to(at::kDouble).transpose(1, 2) * scale;
+  const at::Tensor k = call.k.to(at::kDouble).transpose(1, 2) * weight;
   const at::Tensor v = call.v.to(at::kDouble).transpose(1, 2) * weight;
   at::Tensor state = call.state.to(at::kDouble);
   std::vector<at::Tensor> out;

@@ -19,6 +19,7 @@ Covariances take_covariances(nn::NamedTensors& tensors);
 
 /// The rule of recursive least squares: after each token the state is the ridge solution over all
 /// tokens so far, weighted by β (docs/write_policies.md). Exact in chunks; fp64 inside.
+/// @param call       with q and k [B, T, HV, K] as they are to be used: not normalised here
 /// @param covariance [B, HV, K, K]; gets another tensor, that after the last token
 std::tuple<at::Tensor, at::Tensor> least_squares(const MemoryRuleCall& call,
                                                  at::Tensor& covariance);

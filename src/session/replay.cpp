@@ -13,6 +13,7 @@
 #include "fastweights/nn/language_model.hpp"
 #include "feed_forward_learner.hpp"
 #include "least_squares.hpp"
+#include "protected_rule.hpp"
 #include "recollection.hpp"
 
 namespace fastweights::detail {
@@ -128,19 +129,55 @@ at::Tensor Replay::predictions() const {
 
 std::int64_t Replay::position() const { return place_.state.position.item<std::int64_t>(); }
 
-/// Calls the model on tokens of one row, which learns end to end where the session does.
+/// What moves on in a call of `forward`: not the exact store, whose copies cost something.
+Place Replay::beside_the_model() const {
+  Place next;
+  next.end_to_end = place_.end_to_end;
+  next.covariances = place_.covariances;
+  next.refused_writes = place_.refused_writes;
+  return next;
+}
+
+/// The rule of a layer's memory, where it is not the model's own.
+MemoryRule Replay::memory_rule(std::int64_t layer, Place& next) const {
+  const auto index = static_cast<std::size_t>(layer);
+  MemoryRule rule = delta_rule_of_any_keys;
+  if (policy_.ridge > 0.0) {
+    rule = [&next, index](const MemoryRuleCall& call) {
+      return least_squares(call, next.covariances[index]);
+    };
+  }
+  if (!options_.protection) {
+    return [rule](const MemoryRuleCall& call) {
+      const auto heads = call.v.size(2);
+      const auto type = call.state.scalar_type();
+      return rule({unit_rows(call.q, heads, type), unit_rows(call.k, heads, type), call.v, call.g,
+                   call.beta, call.state});
+    };
+  }
+  return [this, rule, index, &next](const MemoryRuleCall& call) {
+    const at::Tensor projector = options_.protection->projectors[index].to(call.state.options());
+    const at::Tensor& first = model_.blocks[index]->memory->initial_matrix;
+    const at::Tensor kept = first.defined() ? at::matmul(projector, first.to(call.state.dtype()))
+                                            : at::zeros_like(call.state[0]);
+    return protected_rule(call, {projector, kept, options_.protection->least_free}, rule,
+                          next.refused_writes);
+  };
+}
+
+/// Calls the model on tokens of one row; what the session keeps beside the model's state moves on
+/// in `next`.
 nn::LanguageModelOutput Replay::forward(std::span<const std::int64_t> tokens,
                                         std::span<const float> strengths,
-                                        nn::ForwardOptions options, EndToEndState& end_to_end,
-                                        Covariances& covariances) const {
+                                        nn::ForwardOptions options, Place& next) const {
   const at::Tensor input = to_tensor(tokens).unsqueeze(0).to(device_of(model_));
-  if (policy_.ridge > 0.0) {
+  if (has_own_rule()) {
     options.memory_rule = [&](std::int64_t layer, const MemoryRuleCall& call) {
-      return least_squares(call, covariances[static_cast<std::size_t>(layer)]);
+      return memory_rule(layer, next)(call);
     };
   }
   if (!options_.end_to_end) return model_.forward(input, place_.state, options);
-  FeedForwardLearner learner(*options_.end_to_end, model_, end_to_end, position());
+  FeedForwardLearner learner(*options_.end_to_end, model_, next.end_to_end, position());
   options.last_feed_forward = [&](const at::Tensor& mixed) {
     return learner.read(tokens, strengths, mixed);
   };
@@ -158,11 +195,9 @@ std::vector<float> Replay::policy_strengths(std::span<const std::int64_t> tokens
     std::vector<float> ungated = own;
     const WritePolicy without{.strength = policy_.strength};
     for (float& each : ungated) each = strength_under(without, each, 0.0);
-    EndToEndState end_to_end = place_.end_to_end;
+    Place next = beside_the_model();
     const auto options = options_for(ungated, device_of(model_));
-    Covariances covariances = place_.covariances;
-    const at::Tensor rows =
-        forward(tokens, ungated, options, end_to_end, covariances).logits.squeeze(0);
+    const at::Tensor rows = forward(tokens, ungated, options, next).logits.squeeze(0);
     const at::Tensor costs = bits_of(tokens, predictions(), rows.to(at::kFloat));
     std::copy_n(costs.const_data_ptr<float>(), bits.size(), bits.begin());
   }
@@ -187,23 +222,21 @@ at::Tensor Replay::read(std::span<const std::int64_t> tokens, std::span<const fl
   nn::ForwardOptions options = options_for(strengths, device_of(model_));
   at::Tensor hidden;
   if (place_.recollection) options.hidden = &hidden;
-  EndToEndState end_to_end = place_.end_to_end;
-  Covariances covariances = place_.covariances;
-  auto [logits, state] = forward(tokens, strengths, options, end_to_end, covariances);
+  Place next = beside_the_model();
+  auto [logits, state] = forward(tokens, strengths, options, next);
   at::Tensor rows = logits.squeeze(0).to(at::kFloat);
-  check_finite(rows[-1], state, end_to_end.delta);
-  const std::int64_t limited =
-      options.limited_writes.defined() ? options.limited_writes.item<std::int64_t>() : 0;
+  check_finite(rows[-1], state, next.end_to_end.delta);
+  if (options.limited_writes.defined()) {
+    place_.limited_writes += options.limited_writes.item<std::int64_t>();
+  }
   if (place_.recollection) {
     rows = own(place_.recollection).read(tokens, hidden.squeeze(0), rows, strengths);
   }
-  place_ = {std::move(state),
-            rows[-1].clone(),
-            place_.limited_writes + limited,
-            std::move(place_.recollection),
-            place_.capped_norms,
-            std::move(end_to_end),
-            std::move(covariances)};
+  place_.state = std::move(state);
+  place_.logits = rows[-1].clone();
+  place_.end_to_end = std::move(next.end_to_end);
+  place_.covariances = std::move(next.covariances);
+  place_.refused_writes = next.refused_writes;
   own_ = false;  // a branch that is switched off passes its tensors on
   cap_norms();
   return rows;
@@ -220,7 +253,7 @@ void Replay::write_each(const nn::LanguageModelImpl& model, std::span<const Writ
   runs.reserve(tokens.size());
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     const auto& [replay, token, guesses] = tokens[i];
-    const Decoder* decoder = replay->policy_.ridge > 0.0 ? nullptr : kernels.get();
+    const Decoder* decoder = replay->has_own_rule() ? nullptr : kernels.get();
     strengths[i] = replay->policy_strength(token);
     if (replay->has_read(token)) continue;
     replay->settle();
@@ -267,8 +300,7 @@ void Replay::step_by_modules(const DecoderStep& step) {
   if (step.strength != 1.0F) options = options_for({&step.strength, 1}, device_of(model_));
   options.in_place = true;
   options.hidden = step.hidden;
-  auto [logits, state] = forward({&step.token, 1}, {&step.strength, 1}, options, place_.end_to_end,
-                                 place_.covariances);
+  auto [logits, state] = forward({&step.token, 1}, {&step.strength, 1}, options, place_);
   if (options.limited_writes.defined()) {
     place_.limited_writes += options.limited_writes.item<std::int64_t>();
   }

@@ -65,7 +65,10 @@ class Replay {
  private:
   nn::LanguageModelOutput forward(std::span<const std::int64_t> tokens,
                                   std::span<const float> strengths, nn::ForwardOptions options,
-                                  EndToEndState& end_to_end, Covariances& covariances) const;
+                                  Place& next) const;
+  Place beside_the_model() const;
+  MemoryRule memory_rule(std::int64_t layer, Place& next) const;
+  bool has_own_rule() const { return policy_.ridge > 0.0 || options_.protection != nullptr; }
   std::int64_t position() const;
   void own_state();
   void settle();

@@ -71,6 +71,11 @@ const SessionOptions& checked(const SessionOptions& options) {
   return options;
 }
 
+SessionOptions checked(SessionOptions options, const nn::LanguageModelImpl& model) {
+  if (options.protection) check_protection(*options.protection, model);
+  return options;
+}
+
 Place fresh_place(const nn::LanguageModelImpl& model, const SessionOptions& session) {
   const auto options = at::TensorOptions(at::kFloat).device(device_of(model));
   Place place{model.initial_state(1), at::zeros({model.config().vocabulary_size}, options)};
@@ -154,6 +159,11 @@ std::string checkpoint_prefix(std::size_t i) { return "checkpoints." + std::to_s
 /// Name of what a place keeps of its write policy's work, where that has caps.
 constexpr const char* kCappedNorms = "policy.capped_norms";
 
+/// The same of a protection; and the protection itself.
+constexpr const char* kRefusedWrites = "protection.refused_writes";
+constexpr const char* kProjector = "protection.projectors.";
+constexpr const char* kLeastFree = "protection.least_free";
+
 NamedTensors tensors_of(const Place& place) {
   NamedTensors tensors = place.state.tensors();
   tensors.emplace_back("logits", place.logits);
@@ -184,17 +194,47 @@ void store(std::vector<StoredTensor> tensors, const std::string& prefix,
 }
 
 /// Adds views of a place's tensors to `out`; of an exact store what is the place's own.
-void store_place(const Place& place, const WritePolicy& policy, const std::string& prefix,
+void store_place(const Place& place, const SessionOptions& options, const std::string& prefix,
                  std::vector<io::TensorData>& out, Kept& kept) {
   NamedTensors tensors = tensors_of(place);
-  if (policy.caps_norms()) {
+  if (options.policy.caps_norms()) {
     tensors.emplace_back(kCappedNorms, to_tensor({&place.capped_norms, 1}));
+  }
+  if (options.protection) {
+    tensors.emplace_back(kRefusedWrites, to_tensor({&place.refused_writes, 1}));
   }
   for (const auto& [name, tensor] : tensors) {
     kept.tensors.push_back(tensor.cpu().contiguous());
     out.push_back(stored(prefix + name, kept.tensors.back()));
   }
   if (place.recollection) store(place.recollection->place_tensors(), prefix, out, kept);
+}
+
+void store_protection(const Protection& protection, std::vector<io::TensorData>& out, Kept& kept) {
+  const auto add = [&](const std::string& name, const at::Tensor& tensor) {
+    kept.tensors.push_back(tensor.cpu().contiguous());
+    out.push_back(stored(name, kept.tensors.back()));
+  };
+  for (std::size_t layer = 0; layer < protection.projectors.size(); ++layer) {
+    add(kProjector + std::to_string(layer), protection.projectors[layer]);
+  }
+  add(kLeastFree, at::full({1}, protection.least_free, at::kDouble));
+}
+
+/// The protection that is stored among the tensors; null if there is none.
+std::shared_ptr<const Protection> restored_protection(const nn::LanguageModelConfig& config,
+                                                      std::span<const io::TensorData> tensors) {
+  if (std::ranges::find(tensors, kLeastFree, &io::TensorData::name) == tensors.end())
+    return nullptr;
+  auto protection = std::make_shared<Protection>();
+  protection->least_free =
+      restored(kLeastFree, at::zeros({1}, at::kDouble), tensors).item<double>();
+  const at::Tensor like = at::zeros(
+      {config.memory_value_heads, config.memory_key_size, config.memory_key_size}, at::kFloat);
+  for (std::int64_t layer = 0; layer < config.layers; ++layer) {
+    protection->projectors.push_back(restored(kProjector + std::to_string(layer), like, tensors));
+  }
+  return protection;
 }
 
 /// Adds what the exact store of a place holds, and what it has dropped since the checkpoints of the
@@ -223,7 +263,7 @@ std::optional<ExactStore> restored_content(const nn::LanguageModelConfig& config
 }
 
 /// The place with that prefix, all of whose tensors are like those of `like`.
-Place restored_place(const Place& like, const WritePolicy& policy, const std::string& prefix,
+Place restored_place(const Place& like, const SessionOptions& options, const std::string& prefix,
                      std::span<const io::TensorData> tensors, std::int64_t position,
                      std::int64_t limited_writes) {
   NamedTensors own = tensors_of(like);
@@ -235,10 +275,11 @@ Place restored_place(const Place& like, const WritePolicy& policy, const std::st
   own.pop_back();
   place.state = nn::LanguageModelState::from_tensors(own);
   place.limited_writes = limited_writes;
-  if (policy.caps_norms()) {
-    const at::Tensor count = restored(prefix + kCappedNorms, at::zeros({1}, at::kLong), tensors);
-    place.capped_norms = count.item<std::int64_t>();
-  }
+  const auto count = [&](const char* name) {
+    return restored(prefix + name, at::zeros({1}, at::kLong), tensors).item<std::int64_t>();
+  };
+  if (options.policy.caps_norms()) place.capped_norms = count(kCappedNorms);
+  if (options.protection) place.refused_writes = count(kRefusedWrites);
   if (place.state.position.item<std::int64_t>() != position) {
     throw FileError("state file: malformed: its tensors do not belong to its log");
   }
@@ -251,7 +292,7 @@ Place restored_place(const Place& like, const WritePolicy& policy, const std::st
 
 Session::Session(Model model, const SessionOptions& options)
     : model_(checked(std::move(model))),
-      options_(options),
+      options_(checked(options, *model_)),
       place_(fresh_place(*model_, checked(options))),
       journal_(std::make_shared<detail::Journal>(options.journal_bytes)),
       generator_{.seed = options.seed},
@@ -493,6 +534,7 @@ SessionReport Session::report() const {
           .marks = std::ssize(marks()),
           .limited_writes = place_.limited_writes,
           .capped_norms = place_.capped_norms,
+          .refused_writes = place_.refused_writes,
           .store_tokens = place_.recollection ? place_.recollection->store().size() : 0,
           .store_bytes = place_.recollection ? place_.recollection->store().bytes() : 0};
 }
@@ -545,9 +587,10 @@ void Session::save(const std::filesystem::path& path) const {
                  .checkpoints = {},
                  .tensors = {}};
   Kept kept;
-  store_place(place_, options_.policy, "", file.tensors, kept);
+  if (options_.protection) store_protection(*options_.protection, file.tensors, kept);
+  store_place(place_, options_, "", file.tensors, kept);
   if (base_) {
-    store_place(*base_, options_.policy, kBasePrefix, file.tensors, kept);
+    store_place(*base_, options_, kBasePrefix, file.tensors, kept);
     store_content(*base_, {}, kBasePrefix, file.tensors, kept);
   }
   std::span<const std::shared_ptr<const Checkpoint>> checkpoints = journal_->checkpoints();
@@ -556,7 +599,7 @@ void Session::save(const std::filesystem::path& path) const {
     const std::string prefix = checkpoint_prefix(file.checkpoints.size());
     file.checkpoints.push_back({checkpoint->position, checkpoint->place.limited_writes});
     if (checkpoint->position == position()) continue;  // its tensors are the session's own
-    store_place(checkpoint->place, options_.policy, prefix, file.tensors, kept);
+    store_place(checkpoint->place, options_, prefix, file.tensors, kept);
   }
   write_state_file(path, file);
 }
@@ -570,13 +613,14 @@ void Session::restore(const StateFile& file) {
   const std::size_t places = 1 + (base ? 1 : 0) + file.checkpoints.size() -
                              std::ranges::count_if(file.checkpoints, is_present);
   const auto content = restored_content(model_->config(), "", file.tensors);
-  std::size_t each = tensors_of(place_).size() + (options_.policy.caps_norms() ? 1 : 0);
-  std::size_t expected = 0;
+  std::size_t each = tensors_of(place_).size() + (options_.policy.caps_norms() ? 1 : 0) +
+                     (options_.protection ? 1 : 0);
+  std::size_t expected = options_.protection ? options_.protection->projectors.size() + 1 : 0;
   if (content) {
     options_.store = content->options();
     place_ = fresh_place(*model_, options_);
     each += place_.recollection->place_tensors().size();
-    expected = (base ? 2 : 1) * content->tensors().size();
+    expected += (base ? 2 : 1) * content->tensors().size();
   }
   expected += places * each;
   if (file.tensors.size() != expected) {
@@ -586,8 +630,7 @@ void Session::restore(const StateFile& file) {
   }
   const auto restored = [&](const std::string& prefix, std::int64_t position,
                             std::int64_t limited_writes, const std::optional<ExactStore>& stored) {
-    Place place =
-        restored_place(place_, options_.policy, prefix, file.tensors, position, limited_writes);
+    Place place = restored_place(place_, options_, prefix, file.tensors, position, limited_writes);
     if (!stored) return place;
     place.recollection = std::make_shared<Recollection>(
         Recollection::from_tensors(*stored, *model_, detail::with_prefix(prefix, file.tensors)));
@@ -619,11 +662,13 @@ Session Session::load(const std::filesystem::path& path, Model model) {
   const io::MappedFile mapped(path);
   try {
     const StateFile file = parse_state_file(mapped.bytes());
+    const auto protection = restored_protection(checked(model)->config(), file.tensors);
     Session session(std::move(model), {.piece = file.piece,
                                        .seed = file.log.base().generator.seed,
                                        .journal_bytes = file.journal_bytes,
                                        .policy = file.policy,
-                                       .end_to_end = file.end_to_end});
+                                       .end_to_end = file.end_to_end,
+                                       .protection = protection});
     const std::string fingerprint = detail::model_fingerprint(*session.model_);
     if (file.model != fingerprint) {
       throw StateMismatch("the state belongs to another model: its fingerprint is " + file.model +

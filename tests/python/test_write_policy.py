@@ -7,7 +7,14 @@ import torch
 from small_models import small_model
 from small_sessions import NOISE, same_bits
 
-from fastweights import Error, Session, SessionPool, SurpriseGate, WritePolicy
+from fastweights import (
+    Error,
+    Session,
+    SessionPool,
+    SurpriseGate,
+    WritePolicy,
+    protect_keys,
+)
 from fastweights.nn import LanguageModel
 from fastweights.session import Strength
 from fastweights.write_policy import AS_TRAINED, FROZEN
@@ -139,3 +146,122 @@ def test_numbers_that_are_not_finite(model: LanguageModel) -> None:
     with pytest.raises(Error, match="not finite any more"):
         session.read(b"ab\x07")
     assert same_bits(session, before)
+
+
+# ---- recursive least squares
+
+
+def test_least_squares(model: LanguageModel, tmp_path: Path) -> None:
+    policy = WritePolicy(ridge=0.5)
+    session = Session(model, policy=policy)
+    assert session.policy == policy
+    session.read(NOISE[:100])
+    session.write(max_tokens=20, seed=1)
+    covariance = session.state()["layers.0.memory.covariance"]
+    assert covariance.dtype == torch.float64
+    # The inverse of ridge · I plus what was read: between 0 and 1 / ridge.
+    values = torch.linalg.eigvalsh(covariance)
+    assert 0 < float(values.min()) < float(values.max()) <= 2.0 + 1e-9
+    path = tmp_path / "state.fwstate"
+    session.save(path)
+    loaded = Session.load(path, model)
+    assert loaded.policy == policy
+    assert same_bits(loaded, session)
+    assert same_bits(session.replayed(model, policy=policy), session)
+    assert "layers.0.memory.covariance" not in Session(model).state()
+
+
+def test_a_ridge_out_of_range(model: LanguageModel) -> None:
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(Error, match="ridge must be at least 0"):
+            Session(model, policy=WritePolicy(ridge=bad))
+    with pytest.raises(Error, match="no place beside a ridge"):
+        Session(model, policy=WritePolicy(ridge=1.0, memory_norm_cap=2.0))
+
+
+# ---- protected keys
+
+
+@pytest.fixture(scope="module")
+def learned() -> LanguageModel:
+    """A model whose memories begin with matrices that are not zero."""
+    torch.manual_seed(2)
+    model = small_model(vocabulary_size=256, memory_initial_matrix=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("initial_matrix"):
+                parameter.normal_()
+    return model
+
+
+def test_what_is_protected_stays(learned: LanguageModel, tmp_path: Path) -> None:
+    protection = protect_keys(learned, NOISE[:200], share=1.0, most=3)
+    first = Session(learned).state()["layers.0.memory.state"]
+    session = Session(learned, protection=protection)
+    plain = Session(learned)
+    for each in (session, plain):
+        each.read(NOISE * 3)
+        each.write(max_tokens=10, seed=1)
+
+    def part(state: torch.Tensor) -> torch.Tensor:
+        return protection.projectors[0] @ state
+
+    def moved(each: Session) -> float:
+        now = part(each.state()["layers.0.memory.state"])
+        return float((now - part(first)).norm() / part(first).norm())
+
+    assert moved(session) < 1e-5
+    assert moved(plain) > 0.1
+    size = protection.projectors[0].shape[-1]
+    assert (protection.free_ranks() == size - 3).all()
+    kept = session.protection
+    assert kept is not None
+    assert kept.least_free == protection.least_free
+    assert all(
+        torch.equal(a, b) for a, b in zip(kept.projectors, protection.projectors, strict=True)
+    )
+    path = tmp_path / "state.fwstate"
+    session.save(path)
+    loaded = Session.load(path, learned)
+    assert same_bits(loaded, session)
+    assert loaded.report().refused_writes == session.report().refused_writes
+    assert same_bits(session.replayed(learned, protection=protection), session)
+    assert Session(learned).protection is None
+
+
+def test_writes_with_little_that_is_free_are_refused(learned: LanguageModel) -> None:
+    size = protect_keys(learned, NOISE[:50]).projectors[0].shape[-1]
+    tight = protect_keys(learned, NOISE[:200], share=1.0, most=size - 1, least_free=0.5)
+    session = Session(learned, protection=tight)
+    session.read(NOISE[:100])
+    assert session.report().refused_writes > 0
+    assert Session(learned).report().refused_writes == 0
+
+
+def test_a_protection_that_does_not_fit(learned: LanguageModel) -> None:
+    protection = protect_keys(learned, NOISE[:50])
+    for bad in (
+        protection._replace(projectors=protection.projectors[1:]),
+        protection._replace(projectors=[each * 2 for each in protection.projectors]),
+        protection._replace(projectors=[each.double() for each in protection.projectors]),
+        protection._replace(least_free=2.0),
+    ):
+        with pytest.raises(Error, match="protection"):
+            Session(learned, protection=bad)
+    for options in ({"share": 0.0}, {"most": 1000}, {"least_free": 1.0}):
+        with pytest.raises(Error, match="protect_keys"):
+            protect_keys(learned, NOISE[:50], **options)  # type: ignore[arg-type]
+    with pytest.raises(Error, match="an empty text"):
+        protect_keys(learned, "")
+
+
+def test_a_pool_protects(learned: LanguageModel) -> None:
+    protection = protect_keys(learned, NOISE[:100])
+    pool = SessionPool(learned, protection=protection)
+    pool.create("one")
+    pool.read("one", NOISE[:60])
+    pool.write("one", max_tokens=20, seed=1)
+    lone = Session(pool.model, protection=protection)
+    lone.read(NOISE[:60])
+    lone.write(max_tokens=20, seed=1)
+    assert pool.use("one", lambda session: same_bits(session, lone))

@@ -24,15 +24,13 @@ double distance(const at::Tensor& a, const at::Tensor& b) {
   return ((a - b).norm() / b.norm()).item<double>();
 }
 
-at::Tensor unit(const at::Tensor& x) { return x * (x.square().sum() + 1e-6).rsqrt(); }
-
 MemoryRuleCall random_call(std::int64_t tokens) {
   torch::manual_seed(2);
   const auto wide = at::TensorOptions(at::kDouble);
   at::Tensor beta = at::rand({1, tokens, 4}, wide) * 2.0;
   beta.slice(1, 3, 5).zero_();
-  return {at::randn({1, tokens, 2, 8}, wide),
-          at::randn({1, tokens, 2, 8}, wide),
+  return {at::randn({1, tokens, 4, 8}, wide),
+          at::randn({1, tokens, 4, 8}, wide),
           at::randn({1, tokens, 4, 5}, wide),
           {},
           beta,
@@ -52,8 +50,8 @@ std::pair<at::Tensor, at::Tensor> direct(const MemoryRuleCall& call, std::int64_
   at::Tensor state = first;
   std::vector<at::Tensor> out;
   for (std::int64_t t = 0; t < call.v.size(1); ++t) {
-    const at::Tensor k = unit(call.k[0][t][head / 2]);
-    const at::Tensor q = unit(call.q[0][t][head / 2]);
+    const at::Tensor k = call.k[0][t][head];
+    const at::Tensor q = call.q[0][t][head];
     gram = gram + call.beta[0][t][head] * at::outer(k, k);
     cross = cross + call.beta[0][t][head] * at::outer(k, call.v[0][t][head]);
     state = at::linalg_solve(gram, cross);

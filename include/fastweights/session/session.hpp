@@ -18,6 +18,7 @@
 #include "fastweights/session/generator.hpp"
 #include "fastweights/session/log.hpp"
 #include "fastweights/session/mark.hpp"
+#include "fastweights/session/protection.hpp"
 #include "fastweights/session/sampling.hpp"
 #include "fastweights/session/write_policy.hpp"
 
@@ -59,6 +60,7 @@ struct Place {
   std::int64_t capped_norms = 0;  ///< matrices that the write policy scaled down up to here
   EndToEndState end_to_end = {};
   Covariances covariances = {};
+  std::int64_t refused_writes = 0;  ///< that a protection has refused up to here
 };
 
 }  // namespace detail
@@ -84,6 +86,9 @@ struct SessionOptions {
   WritePolicy policy = {};
   /// Gradient steps on the last block's feed-forward, in a ΔW of the session's own; none: no steps.
   std::optional<EndToEndOptions> end_to_end = {};
+  /// Keys of the memories in the blocks that writes leave alone; null: none. Such a session runs
+  /// module by module.
+  std::shared_ptr<const Protection> protection = {};
 };
 
 /// A place in a session's text: a mark, or a position.
@@ -113,6 +118,8 @@ struct SessionReport {
   /// Matrices that the write policy's caps scaled down, over all pieces and written tokens of the
   /// present text.
   std::int64_t capped_norms = 0;
+  /// Writes that a protection refused, over all layers, heads and tokens of the present text.
+  std::int64_t refused_writes = 0;
   std::int64_t store_tokens = 0;  ///< that the exact store was given; 0 without one
   std::int64_t store_bytes = 0;   ///< of what it keeps, whether copies share it or not
 };

@@ -24,6 +24,8 @@
 ///                                    above
 ///                                    0
 ///     …end_to_end.…                  beside each of these, of a session that learns end to end
+///     protection.projectors.N, .least_free   of a session with protected keys; and
+///     …protection.refused_writes     I64 [1] beside each of the first three
 ///     session.end_to_end             I64 [1, 3], the bits of fp64: learning rate, every, clip
 ///     …store.place, .matches, .mixture, .hidden, .logits   beside each of these, of an exact store
 ///     content.store.…                what the store holds, and what it dropped since a checkpoint
