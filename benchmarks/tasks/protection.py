@@ -86,7 +86,12 @@ def main() -> None:
             session = Session(model)
             session.read(first[:LEARNED])
             trial = first[LEARNED - NEXT : LEARNED]
-            learned = session.consolidate(trial, guarded, tolerance=0.05, head=False).model
+            try:
+                learned = session.consolidate(trial, guarded, tolerance=0.05, head=False).model
+            except fastweights.Error as error:  # it gains nothing there
+                progress.write(f"{path.stem}: {error}")
+                progress.update(1 + len(SHARES))
+                continue
             kinds: dict[str, Protection | None] = {"none": None}
             for share in SHARES:
                 text = first[LEARNED - 16_384 : LEARNED]
