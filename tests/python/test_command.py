@@ -19,7 +19,7 @@ from small_models import small_model
 from small_sessions import same_bits
 
 import fastweights
-from fastweights import Session
+from fastweights import EndToEndOptions, Session
 from fastweights.command import main
 from fastweights.command._difference import common_prefix
 from fastweights.command._inspection import effective_rank
@@ -151,6 +151,28 @@ def test_chat_reads_lines_and_answers(place: Place, monkeypatch: pytest.MonkeyPa
 
 
 # ---- what states hold ---------------------------------------------------------------------------
+
+
+def test_a_new_session_takes_gradient_steps_if_asked(place: Place) -> None:
+    assert place.call("read", "book.txt", "--state", "a.fwstate", "--end-to-end").code == 0
+    assert place.load("a.fwstate").end_to_end == EndToEndOptions()
+    assert place.call("write", "--state", "a.fwstate", "--end-to-end", "--bytes", "5").code == 0
+    assert place.call("read", "book.txt", "--state", "plain.fwstate").code == 0
+    result = place.call("read", "book.txt", "--state", "plain.fwstate", "--end-to-end")
+    assert result.code == 2
+    assert "takes no gradient steps" in result.err
+
+
+def test_writing_ahead_writes_the_same(place: Place) -> None:
+    written = [
+        place.call("write", "--prompt", "Once", "--bytes", "40", "--seed", "1", "--ahead", ahead)
+        for ahead in ("0", "8")
+    ]
+    assert written[0].code == written[1].code == 0
+    assert written[0].out == written[1].out
+    result = place.call("write", "--ahead", "100")
+    assert result.code == 2
+    assert "ahead must be in [0, 64]" in result.err
 
 
 def test_a_new_session_gets_a_store_if_asked(place: Place) -> None:

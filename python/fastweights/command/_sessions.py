@@ -119,6 +119,11 @@ def _add_state(command: argparse.ArgumentParser, required: bool = False) -> None
     command.add_argument(
         "--store", action="store_true", help="give a new session an exact store, which recalls"
     )
+    command.add_argument(
+        "--end-to-end",
+        action="store_true",
+        help="have a new session take gradient steps as it reads",
+    )
 
 
 def _add_sampling(command: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -137,6 +142,13 @@ def _add_sampling(command: argparse.ArgumentParser, max_tokens: int) -> None:
         "--top-p", type=float, default=1.0, metavar="SHARE", help="of the best of this probability"
     )
     command.add_argument("--seed", type=int, help="restarts the generator")
+    command.add_argument(
+        "--ahead",
+        type=int,
+        default=0,
+        metavar="N",
+        help="guess N bytes ahead: the same text, sooner where it repeats itself (%(default)s)",
+    )
 
 
 @contextmanager
@@ -148,8 +160,10 @@ def saved_session(arguments: argparse.Namespace) -> Iterator[Session]:
         session = open_state(path, model)
         if arguments.store and session.store is None:
             raise Error(f"{path} is the state of a session without an exact store")
+        if arguments.end_to_end and session.end_to_end is None:
+            raise Error(f"{path} is the state of a session that takes no gradient steps")
     else:
-        session = Session(model, store=arguments.store)
+        session = Session(model, store=arguments.store, end_to_end=arguments.end_to_end)
     try:
         yield session
     except KeyboardInterrupt:
@@ -213,6 +227,7 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         "temperature": arguments.temperature,
         "top_k": arguments.top_k,
         "top_p": arguments.top_p,
+        "ahead": arguments.ahead,
     }
 
 
