@@ -204,9 +204,10 @@ std::string file_head(std::span<const TensorData* const> tensors, const Metadata
   return std::string(reinterpret_cast<const char*>(&length), kLengthBytes) + header;
 }
 
-/// Calls `write` with the pieces of the file, one after another.
-void write_pieces(std::span<const TensorData> tensors, const Metadata& metadata,
-                  const std::function<void(std::span<const std::byte>)>& write) {
+}  // namespace
+
+void write_safetensors(std::span<const TensorData> tensors, const Metadata& metadata,
+                       const std::function<void(std::span<const std::byte>)>& write) {
   std::ranges::for_each(tensors, check_tensor);
   check_names(tensors);
   std::vector<const TensorData*> order;
@@ -219,8 +220,6 @@ void write_pieces(std::span<const TensorData> tensors, const Metadata& metadata,
   write(std::as_bytes(std::span(head)));
   for (const TensorData* tensor : order) write(tensor->bytes);
 }
-
-}  // namespace
 
 std::size_t element_size(ScalarType type) { return row_of(type).size; }
 
@@ -269,14 +268,15 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path)
 void write_safetensors(const std::filesystem::path& path, std::span<const TensorData> tensors,
                        const Metadata& metadata, mode_t mode) {
   AtomicFile file(path, mode);
-  write_pieces(tensors, metadata, [&](std::span<const std::byte> bytes) { file.write(bytes); });
+  write_safetensors(tensors, metadata,
+                    [&](std::span<const std::byte> bytes) { file.write(bytes); });
   file.commit();
 }
 
 std::vector<std::byte> serialize_safetensors(std::span<const TensorData> tensors,
                                              const Metadata& metadata) {
   std::vector<std::byte> result;
-  write_pieces(tensors, metadata, [&](std::span<const std::byte> bytes) {
+  write_safetensors(tensors, metadata, [&](std::span<const std::byte> bytes) {
     result.insert(result.end(), bytes.begin(), bytes.end());
   });
   return result;

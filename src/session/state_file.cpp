@@ -9,7 +9,9 @@
 #include <charconv>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string_view>
 #include <utility>
@@ -69,12 +71,32 @@ void store(std::span<std::byte> bytes, std::size_t at, T value) {
   }
 }
 
+/// The digest of bytes that come in pieces.
+class DigestOfPieces {
+ public:
+  DigestOfPieces() : state_(XXH3_createState()) { XXH3_128bits_reset(state_.get()); }
+
+  void add(Bytes piece) { XXH3_128bits_update(state_.get(), piece.data(), piece.size()); }
+
+  Digest value() const {
+    XXH128_canonical_t canonical;
+    XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state_.get()));
+    Digest out;
+    std::memcpy(out.data(), canonical.digest, out.size());
+    return out;
+  }
+
+ private:
+  struct Free {
+    void operator()(XXH3_state_t* state) const { XXH3_freeState(state); }
+  };
+  std::unique_ptr<XXH3_state_t, Free> state_;
+};
+
 Digest digest(Bytes bytes) {
-  XXH128_canonical_t canonical;
-  XXH128_canonicalFromHash(&canonical, XXH3_128bits(bytes.data(), bytes.size()));
-  Digest out;
-  std::memcpy(out.data(), canonical.digest, out.size());
-  return out;
+  DigestOfPieces sum;
+  sum.add(bytes);
+  return sum.value();
 }
 
 void check_magic(Bytes bytes) {
@@ -402,22 +424,38 @@ std::vector<io::TensorData> session_tensors(const io::SafetensorsView& view) {
 
 }  // namespace
 
-namespace detail {
+namespace {
 
-std::vector<std::byte> seal_state_file(std::span<const std::byte> content, std::uint32_t version) {
-  std::vector<std::byte> bytes(kSmallest + content.size());
-  std::memcpy(bytes.data(), kMagic.data(), kMagic.size());
-  store(std::span(bytes), kVersionAt, version);
-  store(std::span(bytes), kLengthAt, static_cast<std::uint64_t>(bytes.size()));
-  std::copy(content.begin(), content.end(), bytes.begin() + kContentAt);
-  const Digest sum = digest(Bytes(bytes).first(bytes.size() - sizeof(Digest)));
-  std::copy(sum.begin(), sum.end(), bytes.end() - sizeof(Digest));
+using Sink = std::function<void(Bytes)>;
+
+/// Hands an envelope around a content to `out`, piece by piece; `content` does so with its own
+/// pieces, twice the same.
+void seal(const std::function<void(const Sink&)>& content, std::uint32_t version, const Sink& out) {
+  std::size_t size = kSmallest;
+  content([&](Bytes piece) { size += piece.size(); });
+  std::array<std::byte, kContentAt> head{};
+  std::memcpy(head.data(), kMagic.data(), kMagic.size());
+  store(std::span<std::byte>(head), kVersionAt, version);
+  store(std::span<std::byte>(head), kLengthAt, static_cast<std::uint64_t>(size));
+  DigestOfPieces sum;
+  const auto write = [&](Bytes piece) {
+    sum.add(piece);
+    out(piece);
+  };
+  write(head);
+  content(write);
+  const Digest last = sum.value();
+  out(last);
+}
+
+std::vector<std::byte> joined(const std::function<void(const Sink&)>& pieces) {
+  std::vector<std::byte> bytes;
+  pieces([&](Bytes piece) { bytes.insert(bytes.end(), piece.begin(), piece.end()); });
   return bytes;
 }
 
-}  // namespace detail
-
-std::vector<std::byte> serialize_state_file(const StateFile& file) {
+/// The pieces of a state file.
+void write_pieces(const StateFile& file, const Sink& out) {
   const SessionLog& log = file.log;
   const std::vector<std::byte> tokens = log.packed();
   const std::array<std::vector<std::byte>, 6> tables = {pack(kCalls, log.calls()),
@@ -450,7 +488,23 @@ std::vector<std::byte> serialize_state_file(const StateFile& file) {
       {"base_draws", std::to_string(log.base().generator.draws)},
       {"base_limited_writes", std::to_string(file.base_limited_writes)},
   };
-  return detail::seal_state_file(io::serialize_safetensors(tensors, metadata));
+  const auto content = [&](const Sink& sink) { io::write_safetensors(tensors, metadata, sink); };
+  seal(content, kStateFileVersion, out);
+}
+
+}  // namespace
+
+namespace detail {
+
+std::vector<std::byte> seal_state_file(std::span<const std::byte> content, std::uint32_t version) {
+  return joined(
+      [&](const Sink& out) { seal([&](const Sink& sink) { sink(content); }, version, out); });
+}
+
+}  // namespace detail
+
+std::vector<std::byte> serialize_state_file(const StateFile& file) {
+  return joined([&](const Sink& out) { write_pieces(file, out); });
 }
 
 StateFile parse_state_file(std::span<const std::byte> bytes) {
@@ -478,9 +532,9 @@ StateFile parse_state_file(std::span<const std::byte> bytes) {
 }
 
 void write_state_file(const std::filesystem::path& path, const StateFile& file) {
-  const std::vector<std::byte> bytes = serialize_state_file(file);
-  const Bytes chunk = bytes;
-  io::write_file_atomically(path, std::span(&chunk, 1), io::kPrivateMode);
+  io::AtomicFile out(path, io::kPrivateMode);
+  write_pieces(file, [&](Bytes piece) { out.write(piece); });
+  out.commit();
 }
 
 }  // namespace fastweights

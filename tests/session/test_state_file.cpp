@@ -12,7 +12,9 @@
 #include <vector>
 
 #include "fastweights/core/error.hpp"
+#include "fastweights/io/mapped_file.hpp"
 #include "fastweights/session/state_file.hpp"
+#include "file_fixture.hpp"
 
 using Catch::Matchers::ContainsSubstring;
 using Catch::Matchers::MessageMatches;
@@ -154,6 +156,23 @@ TEST_CASE("a state file gives back what was put in", "[state_file]") {
     CHECK(std::ranges::count_if(again.tensors, same) == 1);
   }
   CHECK(std::ranges::equal(serialize_state_file(again), bytes));
+}
+
+TEST_CASE("what is written piece by piece is what is serialized", "[state_file]") {
+  const fastweights::test::TemporaryFolder folder;
+  const auto path = folder.path() / "state";
+  fastweights::write_state_file(path, example());
+  const io::MappedFile file(path);
+  CHECK(std::ranges::equal(file.bytes(), serialize_state_file(example())));
+  // XXH3, 128 bits: of this content since the first version of the format.
+  const Buffer sealed =
+      seal_state_file(std::as_bytes(std::span(std::string_view("fastweights"))), 2);
+  std::vector<int> digest;
+  for (const std::byte each : std::span(sealed).last(16)) {
+    digest.push_back(std::to_integer<int>(each));
+  }
+  CHECK(digest == std::vector<int>{0x75, 0xed, 0x24, 0x95, 0x86, 0xbb, 0x95, 0x2b, 0x25, 0xf9, 0x72,
+                                   0x5d, 0xc1, 0x75, 0xea, 0x6a});
 }
 
 TEST_CASE("every truncation and every flipped byte is refused", "[state_file]") {

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <span>
 #include <string>
@@ -100,6 +101,11 @@ struct TensorData {
 /// FileError if it cannot be written, and then an older file of that name is whole.
 void write_safetensors(const std::filesystem::path& path, std::span<const TensorData> tensors,
                        const Metadata& metadata = {}, mode_t mode = kPublicMode);
+
+/// Hands the content of that file to `write`, piece by piece: the header, then the tensors' own
+/// bytes, which are not copied.
+void write_safetensors(std::span<const TensorData> tensors, const Metadata& metadata,
+                       const std::function<void(std::span<const std::byte>)>& write);
 
 /// The content of that file, in memory.
 std::vector<std::byte> serialize_safetensors(std::span<const TensorData> tensors,
