@@ -242,7 +242,7 @@ TEST_CASE("forged metadata are refused", "[state_file]") {
         "base_written", "base_draws", "base_limited_writes"}) {
     Forgery forgery;
     forgery.metadata.erase(key);
-    check_refused(forgery.file(), "`" + std::string(key) + "` is missing");
+    check_refused(forgery.file(), std::string("`").append(key).append("` is missing"));
   }
 }
 
