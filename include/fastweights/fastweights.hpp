@@ -11,6 +11,7 @@
 #include "fastweights/io/mapped_file.hpp"
 #include "fastweights/io/safetensors.hpp"
 #include "fastweights/io/tokenizer.hpp"
+#include "fastweights/session/end_to_end.hpp"
 #include "fastweights/session/exact_store.hpp"
 #include "fastweights/session/generator.hpp"
 #include "fastweights/session/log.hpp"
@@ -47,6 +48,7 @@
 #include "fastweights/ops/softmax_delta_rule.hpp"
 #include "fastweights/session/consolidation.hpp"
 #include "fastweights/session/judging.hpp"
+#include "fastweights/session/protection.hpp"
 #include "fastweights/session/session.hpp"
 #include "fastweights/session/session_pool.hpp"
 #endif
