@@ -226,6 +226,13 @@ bool all_on(const nn::LanguageModelImpl& model) {
   });
 }
 
+/// The plan, or, where branches are switched off, one without them, which `cut` gets.
+const cpu::DecodingModel& switched(const cpu::DecodingModel& plan,
+                                   const nn::LanguageModelImpl& model,
+                                   std::optional<cpu::DecodingModel>& cut) {
+  return all_on(model) ? plan : cut.emplace(with_switches(plan, model));
+}
+
 cpu::DecodingHeadState head_of(const nn::HeadState& head) {
   if (!head.state.defined()) return {};
   return {head.state.mutable_data_ptr<float>(), head.hidden.mutable_data_ptr(),
@@ -293,7 +300,7 @@ std::vector<cpu::DecodingState> states_of(const nn::LanguageModelState& state) {
   return states;
 }
 
-/// Calls `visit(slot, row)` with the rows of the rings in which `count` tokens from `position` on
+/// Calls `visit(row)` with the rows of the rings in which `count` tokens from `position` on
 /// stand or are going to stand.
 template <class Visit>
 void for_each_row(const nn::LanguageModelState& state, std::int64_t position, std::int64_t count,
@@ -417,8 +424,7 @@ class Pass {
 void Decoder::step(const nn::LanguageModelImpl& model, std::span<const DecoderStep> steps,
                    std::span<const DecoderAhead> ahead) const {
   std::optional<cpu::DecodingModel> cut;
-  if (!all_on(model)) cut = with_switches(model_, model);
-  const cpu::DecodingModel& plan = cut ? *cut : model_;
+  const cpu::DecodingModel& plan = switched(model_, model, cut);
   std::size_t count = steps.size();
   for (const DecoderAhead& each : ahead) count += each.tokens.size();
   Pass pass(steps.size() + ahead.size(), count);
@@ -448,11 +454,11 @@ void Decoder::step(const nn::LanguageModelImpl& model, std::span<const DecoderSt
 void Decoder::keep(const nn::LanguageModelImpl& model, const ReadAhead& ahead, std::int64_t count,
                    nn::LanguageModelState& state) const {
   std::optional<cpu::DecodingModel> cut;
-  if (!all_on(model)) cut = with_switches(model_, model);
+  const cpu::DecodingModel& plan = switched(model_, model, cut);
   restore_rows(ahead, state);
   Pass pass(1, static_cast<std::size_t>(count));
   pass.add(ahead, count, state);
-  cpu::keep_tokens(cut ? *cut : model_, pass.tokens(), parallel_executor());
+  cpu::keep_tokens(plan, pass.tokens(), parallel_executor());
 }
 
 std::int64_t Decoder::most_ahead() const {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../nn/projection.hpp"
 #include "replay.hpp"
 
 namespace fastweights::detail {
@@ -25,10 +26,6 @@ std::pair<at::Tensor, at::Tensor> normed(const at::Tensor& x, double epsilon) {
   return {x * scale, std::move(scale)};
 }
 
-at::Tensor run(const torch::nn::Linear& linear, const at::Tensor& x) {
-  return linear.ptr()->forward(x);  // does not change it
-}
-
 }  // namespace
 
 EndToEndState initial_end_to_end(const EndToEndOptions& options,
@@ -39,22 +36,6 @@ EndToEndState initial_end_to_end(const EndToEndOptions& options,
   return {at::zeros({2 * config.feed_forward_width, config.width}, wide),
           at::zeros({options.every, config.width}, stored), at::zeros({options.every}, at::kLong),
           at::zeros({options.every}, at::kFloat)};
-}
-
-nn::NamedTensors tensors_of(const EndToEndState& state) {
-  if (!state.delta.defined()) return {};
-  return {{"end_to_end.delta", state.delta},
-          {"end_to_end.waiting", state.waiting},
-          {"end_to_end.tokens", state.tokens},
-          {"end_to_end.strengths", state.strengths}};
-}
-
-EndToEndState take_end_to_end(nn::NamedTensors& tensors) {
-  if (tensors.empty() || tensors.back().first != "end_to_end.strengths") return {};
-  const auto first = tensors.end() - 4;
-  EndToEndState state{first->second, (first + 1)->second, (first + 2)->second, (first + 3)->second};
-  tensors.erase(first, tensors.end());
-  return state;
 }
 
 /// Tokens whose outer products are still to be taken.
@@ -125,9 +106,9 @@ at::Tensor FeedForwardLearner::feed_forward(const at::Tensor& mixed) const {
   const at::Tensor h = block.feed_forward_norm->forward(mixed);
   const at::Tensor change = at::linear(h.to(state_.delta.dtype()), state_.delta);
   const auto halves = change.chunk(2, -1);
-  const at::Tensor gate = run(block.feed_forward->gate, h) + halves[0];
-  const at::Tensor up = run(block.feed_forward->up, h) + halves[1];
-  return mixed + run(block.feed_forward->down, (at::silu(gate) * up).to(mixed.dtype()));
+  const at::Tensor gate = nn::project(block.feed_forward->gate, h) + halves[0];
+  const at::Tensor up = nn::project(block.feed_forward->up, h) + halves[1];
+  return mixed + nn::project(block.feed_forward->down, (at::silu(gate) * up).to(mixed.dtype()));
 }
 
 /// Of Σ weight · loss, with respect to [gate; up]: [2 · feed_forward_width, width].

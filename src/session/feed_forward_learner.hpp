@@ -16,11 +16,6 @@ namespace fastweights::detail {
 EndToEndState initial_end_to_end(const EndToEndOptions& options,
                                  const nn::LanguageModelImpl& model);
 
-/// Names and tensors in a fixed order; none where there is no state.
-nn::NamedTensors tensors_of(const EndToEndState& state);
-/// The inverse: takes those tensors from the end of `tensors`.
-EndToEndState take_end_to_end(nn::NamedTensors& tensors);
-
 /// The last block's feed-forward with a session's ΔW, which learns on the way. No tensor is written
 /// into: copies of a state may share them.
 class FeedForwardLearner {

@@ -8,26 +8,11 @@
 #include <memory>
 #include <utility>
 
-#include "feed_forward_learner.hpp"
-#include "least_squares.hpp"
+#include "place.hpp"
 #include "recollection.hpp"
 
 namespace fastweights::detail {
 namespace {
-
-std::int64_t bytes_of(const Place& place) {
-  std::int64_t bytes = static_cast<std::int64_t>(place.logits.nbytes());
-  for (const auto& [name, tensor] : place.state.tensors()) {
-    bytes += static_cast<std::int64_t>(tensor.nbytes());
-  }
-  for (const auto& [name, tensor] : tensors_of(place.end_to_end)) {
-    bytes += static_cast<std::int64_t>(tensor.nbytes());
-  }
-  for (const at::Tensor& tensor : place.covariances) {
-    bytes += static_cast<std::int64_t>(tensor.nbytes());
-  }
-  return bytes;
-}
 
 /// Memory in pages of its own, which go back to the system with the last owner; null if there is
 /// none to be had.
@@ -68,30 +53,16 @@ void move_to_own_pages(nn::NamedTensors& tensors) {
 }
 
 Place in_own_pages(const Place& place) {
-  nn::NamedTensors tensors = place.state.tensors();
-  tensors.emplace_back("logits", place.logits);
-  for (const auto& each : tensors_of(place.end_to_end)) tensors.push_back(each);
-  for (const auto& each : tensors_of(place.covariances)) tensors.push_back(each);
+  nn::NamedTensors tensors = tensors_of(place);
   move_to_own_pages(tensors);
-  Covariances covariances = take_covariances(tensors);
-  EndToEndState end_to_end = take_end_to_end(tensors);
-  at::Tensor logits = std::move(tensors.back().second);
-  tensors.pop_back();
-  return {nn::LanguageModelState::from_tensors(tensors),
-          std::move(logits),
-          place.limited_writes,
-          place.recollection,
-          place.capped_norms,
-          std::move(end_to_end),
-          std::move(covariances),
-          place.refused_writes};
+  return with_tensors(place, tensors);
 }
 
 }  // namespace
 
 void Journal::add(std::int64_t position, const Place& place) {
   if (last() != nullptr && last()->position >= position) return;
-  const std::int64_t bytes = bytes_of(place);
+  const std::int64_t bytes = tensor_bytes(place);
   if (bytes > budget_) return;
   checkpoints_.push_back(
       std::make_shared<const Checkpoint>(Checkpoint{position, in_own_pages(place), bytes}));

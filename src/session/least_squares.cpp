@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -13,8 +12,6 @@ namespace {
 
 /// Tokens of a chunk.
 constexpr std::int64_t kChunk = 64;
-
-constexpr const char* kSuffix = ".memory.covariance";
 
 /// Tokens of a chunk, each [B, HV, T, …].
 struct Chunk {
@@ -49,24 +46,6 @@ Covariances initial_covariances(double ridge, const nn::LanguageModelImpl& model
         at::eye(state.size(2), state.options().dtype(at::kDouble).requires_grad(false));
     covariances.push_back((identity / ridge).repeat({1, state.size(1), 1, 1}));
   }
-  return covariances;
-}
-
-nn::NamedTensors tensors_of(const Covariances& covariances) {
-  nn::NamedTensors tensors;
-  for (std::size_t layer = 0; layer < covariances.size(); ++layer) {
-    tensors.emplace_back("layers." + std::to_string(layer) + kSuffix, covariances[layer]);
-  }
-  return tensors;
-}
-
-Covariances take_covariances(nn::NamedTensors& tensors) {
-  Covariances covariances;
-  while (!tensors.empty() && tensors.back().first.ends_with(kSuffix)) {
-    covariances.push_back(std::move(tensors.back().second));
-    tensors.pop_back();
-  }
-  std::ranges::reverse(covariances);
   return covariances;
 }
 

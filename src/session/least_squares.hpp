@@ -12,11 +12,6 @@ namespace fastweights::detail {
 /// Those before the first token: I / ridge.
 Covariances initial_covariances(double ridge, const nn::LanguageModelImpl& model);
 
-/// `layers.N.memory.covariance` of each layer.
-nn::NamedTensors tensors_of(const Covariances& covariances);
-/// The inverse: takes those tensors from the end of `tensors`.
-Covariances take_covariances(nn::NamedTensors& tensors);
-
 /// The rule of recursive least squares: after each token the state is the ridge solution over all
 /// tokens so far, weighted by β (docs/write_policies.md). Exact in chunks; fp64 inside.
 /// @param call       with q and k [B, T, HV, K] as they are to be used: not normalised here

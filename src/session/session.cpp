@@ -24,6 +24,7 @@
 #include "fingerprint.hpp"
 #include "journal.hpp"
 #include "least_squares.hpp"
+#include "place.hpp"
 #include "recollection.hpp"
 #include "replay.hpp"
 #include "session_steps.hpp"
@@ -37,6 +38,7 @@ using detail::Checkpoint;
 using detail::Place;
 using detail::Recollection;
 using detail::Replay;
+using detail::tensors_of;
 using detail::to_tensor;
 using nn::NamedTensors;
 using Tokens = std::vector<std::int64_t>;
@@ -77,6 +79,7 @@ SessionOptions checked(SessionOptions options, const nn::LanguageModelImpl& mode
 }
 
 Place fresh_place(const nn::LanguageModelImpl& model, const SessionOptions& session) {
+  const at::NoGradGuard no_gradient;  // a matrix that memories begin with may be trained
   const auto options = at::TensorOptions(at::kFloat).device(device_of(model));
   Place place{model.initial_state(1), at::zeros({model.config().vocabulary_size}, options)};
   if (session.store) place.recollection = std::make_shared<Recollection>(*session.store, model);
@@ -163,14 +166,6 @@ constexpr const char* kCappedNorms = "policy.capped_norms";
 constexpr const char* kRefusedWrites = "protection.refused_writes";
 constexpr const char* kProjector = "protection.projectors.";
 constexpr const char* kLeastFree = "protection.least_free";
-
-NamedTensors tensors_of(const Place& place) {
-  NamedTensors tensors = place.state.tensors();
-  tensors.emplace_back("logits", place.logits);
-  for (const auto& each : detail::tensors_of(place.end_to_end)) tensors.push_back(each);
-  for (const auto& each : detail::tensors_of(place.covariances)) tensors.push_back(each);
-  return tensors;
-}
 
 bool same_tensors(const Place& a, const Place& b) {
   return std::ranges::equal(tensors_of(a), tensors_of(b), [](const auto& x, const auto& y) {
@@ -268,12 +263,8 @@ Place restored_place(const Place& like, const SessionOptions& options, const std
                      std::int64_t limited_writes) {
   NamedTensors own = tensors_of(like);
   for (auto& [name, tensor] : own) tensor = restored(prefix + name, tensor, tensors);
-  Place place;
-  place.covariances = detail::take_covariances(own);
-  place.end_to_end = detail::take_end_to_end(own);
-  place.logits = own.back().second;
-  own.pop_back();
-  place.state = nn::LanguageModelState::from_tensors(own);
+  Place place = detail::with_tensors(like, own);
+  place.recollection = nullptr;
   place.limited_writes = limited_writes;
   const auto count = [&](const char* name) {
     return restored(prefix + name, at::zeros({1}, at::kLong), tensors).item<std::int64_t>();

@@ -10,7 +10,7 @@
 #include "fastweights/core/error.hpp"
 #include "fastweights/io/tokenizer.hpp"
 #include "fastweights/nn/language_model.hpp"
-#include "feed_forward_learner.hpp"
+#include "place.hpp"
 #include "recollection.hpp"
 
 namespace fastweights::detail {
@@ -35,15 +35,7 @@ const WriteOptions& checked(const WriteOptions& options) {
 }
 
 std::int64_t bytes_of(const Place& place) {
-  std::int64_t bytes = place.state.bytes() + static_cast<std::int64_t>(place.logits.nbytes());
-  if (place.recollection) bytes += place.recollection->store().bytes();
-  for (const auto& [name, tensor] : tensors_of(place.end_to_end)) {
-    bytes += static_cast<std::int64_t>(tensor.nbytes());
-  }
-  for (const at::Tensor& tensor : place.covariances) {
-    bytes += static_cast<std::int64_t>(tensor.nbytes());
-  }
-  return bytes;
+  return tensor_bytes(place) + (place.recollection ? place.recollection->store().bytes() : 0);
 }
 
 }  // namespace
