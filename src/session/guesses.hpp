@@ -11,7 +11,8 @@
 namespace fastweights::detail {
 
 /// Where the last few tokens of a text stood before in it: the last such place, or the one that
-/// goes on from the place found before.
+/// goes on from the place found before. The exact store's LongestMatch finds the best of many
+/// places and can be copied; a guess is dropped with the call, and the last place will do for it.
 class TextLookup {
  public:
   TextLookup();

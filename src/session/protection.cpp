@@ -44,15 +44,13 @@ std::vector<at::Tensor> key_moments(const nn::LanguageModelImpl& model, std::str
     nn::ForwardOptions options;
     options.logits = false;
     options.memory_rule = [&](std::int64_t layer, const MemoryRuleCall& call) {
-      const auto heads = call.v.size(2);
-      const at::Tensor q = detail::unit_rows(call.q, heads, call.state.scalar_type());
-      const at::Tensor k = detail::unit_rows(call.k, heads, call.state.scalar_type());
-      const at::Tensor rows = k.to(at::kDouble)[0].transpose(0, 1);  // [HV, T, K]
+      const MemoryRuleCall unit = detail::with_unit_keys(call);
+      const at::Tensor rows = unit.k.to(at::kDouble)[0].transpose(0, 1);  // [HV, T, K]
       at::Tensor& moment = moments[static_cast<std::size_t>(layer)];
       const at::Tensor added = at::matmul(rows.transpose(1, 2), rows);
       moment = moment.defined() ? moment + added : added;
-      return detail::delta_rule_of_any_keys(
-          {q, k, call.v.to(q.dtype()), call.g, call.beta, call.state});
+      auto [o, next] = detail::delta_rule_of_any_keys(unit);
+      return std::make_tuple(o.to(call.v.dtype()), std::move(next));
     };
     state = model.forward(tokens.to(model.norm->weight.device()), state, options).state;
   }
@@ -133,10 +131,14 @@ void check_protection(const Protection& protection, const nn::LanguageModelImpl&
 
 namespace detail {
 
-at::Tensor unit_rows(const at::Tensor& x, std::int64_t value_heads, at::ScalarType type) {
-  const at::Tensor wide = x.to(type);
-  const at::Tensor unit = wide * (wide.square().sum(-1, true) + 1e-6).rsqrt();
-  return unit.repeat_interleave(value_heads / x.size(2), 2);
+MemoryRuleCall with_unit_keys(const MemoryRuleCall& call) {
+  const auto type = call.state.scalar_type();
+  const auto unit_rows = [&](const at::Tensor& x) {
+    const at::Tensor wide = x.to(type);
+    const at::Tensor unit = wide * (wide.square().sum(-1, true) + 1e-6).rsqrt();
+    return unit.repeat_interleave(call.v.size(2) / x.size(2), 2);
+  };
+  return {unit_rows(call.q), unit_rows(call.k), call.v.to(type), call.g, call.beta, call.state};
 }
 
 std::tuple<at::Tensor, at::Tensor> delta_rule_of_any_keys(const MemoryRuleCall& call) {
@@ -152,8 +154,6 @@ std::tuple<at::Tensor, at::Tensor> delta_rule_of_any_keys(const MemoryRuleCall& 
 std::tuple<at::Tensor, at::Tensor> protected_rule(const MemoryRuleCall& call,
                                                   const ProtectedPart& part, const MemoryRule& rule,
                                                   std::int64_t& refused) {
-  const auto type = call.state.scalar_type();
-  const auto heads = call.v.size(2);
   // A head's matrix times its rows [B, T, HV, …].
   const auto times = [](const at::Tensor& rows, const at::Tensor& matrix) {
     return at::matmul(rows.transpose(1, 2), matrix).transpose(1, 2);
@@ -161,17 +161,14 @@ std::tuple<at::Tensor, at::Tensor> protected_rule(const MemoryRuleCall& call,
   const auto without = [&](const at::Tensor& state) {
     return state - at::matmul(part.projector, state);
   };
-  const at::Tensor q = unit_rows(call.q, heads, type);
-  const at::Tensor whole = unit_rows(call.k, heads, type);
-  const at::Tensor k = whole - times(whole, part.projector);
+  const at::Tensor k = call.k - times(call.k, part.projector);
   const at::Tensor little = (k.square().sum(-1) < part.least_free).logical_and(call.beta > 0);
   refused += little.sum().item<std::int64_t>();
-  const at::Tensor v = call.v.to(type) - times(whole, part.kept);
-  const auto [o, state] =
-      rule({q, k, v, call.g, call.beta.masked_fill(little, 0), without(call.state)});
-  const double scale = 1.0 / std::sqrt(static_cast<double>(q.size(3)));
-  const at::Tensor read = o + times(q, part.kept) * scale;
-  return {read.to(call.v.dtype()), without(state) + part.kept};
+  const at::Tensor v = call.v - times(call.k, part.kept);
+  const at::Tensor beta = call.beta.masked_fill(little, 0);
+  const auto [o, state] = rule({call.q, k, v, call.g, beta, without(call.state)});
+  const double scale = 1.0 / std::sqrt(static_cast<double>(call.q.size(3)));
+  return {o + times(call.q, part.kept) * scale, without(state) + part.kept};
 }
 
 }  // namespace detail

@@ -138,31 +138,26 @@ Place Replay::beside_the_model() const {
   return next;
 }
 
-/// The rule of a layer's memory, where it is not the model's own.
-MemoryRule Replay::memory_rule(std::int64_t layer, Place& next) const {
+/// Runs the rule of a layer's memory, where it is not the model's own.
+std::tuple<at::Tensor, at::Tensor> Replay::run_rule(std::int64_t layer, const MemoryRuleCall& call,
+                                                    Place& next) const {
   const auto index = static_cast<std::size_t>(layer);
-  MemoryRule rule = delta_rule_of_any_keys;
-  if (policy_.ridge > 0.0) {
-    rule = [&next, index](const MemoryRuleCall& call) {
-      return least_squares(call, next.covariances[index]);
-    };
-  }
-  if (!options_.protection) {
-    return [rule](const MemoryRuleCall& call) {
-      const auto heads = call.v.size(2);
-      const auto type = call.state.scalar_type();
-      return rule({unit_rows(call.q, heads, type), unit_rows(call.k, heads, type), call.v, call.g,
-                   call.beta, call.state});
-    };
-  }
-  return [this, rule, index, &next](const MemoryRuleCall& call) {
-    const at::Tensor projector = options_.protection->projectors[index].to(call.state.options());
-    const at::Tensor& first = model_.blocks[index]->memory->initial_matrix;
-    const at::Tensor kept = first.defined() ? at::matmul(projector, first.to(call.state.dtype()))
-                                            : at::zeros_like(call.state[0]);
-    return protected_rule(call, {projector, kept, options_.protection->least_free}, rule,
-                          next.refused_writes);
+  const auto rule = [&](const MemoryRuleCall& unit) {
+    return policy_.ridge > 0.0 ? least_squares(unit, next.covariances[index])
+                               : delta_rule_of_any_keys(unit);
   };
+  const MemoryRuleCall unit = with_unit_keys(call);
+  if (!options_.protection) {
+    auto [o, state] = rule(unit);
+    return {o.to(call.v.dtype()), std::move(state)};
+  }
+  const at::Tensor projector = options_.protection->projectors[index].to(call.state.options());
+  const at::Tensor& first = model_.blocks[index]->memory->initial_matrix;
+  const at::Tensor kept = first.defined() ? at::matmul(projector, first.to(call.state.dtype()))
+                                          : at::zeros_like(call.state[0]);
+  auto [o, state] = protected_rule(unit, {projector, kept, options_.protection->least_free}, rule,
+                                   next.refused_writes);
+  return {o.to(call.v.dtype()), std::move(state)};
 }
 
 /// Calls the model on tokens of one row; what the session keeps beside the model's state moves on
@@ -173,7 +168,7 @@ nn::LanguageModelOutput Replay::forward(std::span<const std::int64_t> tokens,
   const at::Tensor input = to_tensor(tokens).unsqueeze(0).to(device_of(model_));
   if (has_own_rule()) {
     options.memory_rule = [&](std::int64_t layer, const MemoryRuleCall& call) {
-      return memory_rule(layer, next)(call);
+      return run_rule(layer, call, next);
     };
   }
   if (!options_.end_to_end) return model_.forward(input, place_.state, options);

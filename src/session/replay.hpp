@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <span>
+#include <tuple>
 #include <vector>
 
 #include "decoder.hpp"
@@ -67,7 +68,8 @@ class Replay {
                                   std::span<const float> strengths, nn::ForwardOptions options,
                                   Place& next) const;
   Place beside_the_model() const;
-  MemoryRule memory_rule(std::int64_t layer, Place& next) const;
+  std::tuple<at::Tensor, at::Tensor> run_rule(std::int64_t layer, const MemoryRuleCall& call,
+                                              Place& next) const;
   bool has_own_rule() const { return policy_.ridge > 0.0 || options_.protection != nullptr; }
   std::int64_t position() const;
   void own_state();

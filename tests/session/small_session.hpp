@@ -61,6 +61,19 @@ inline bool same_bits(const Session& a, const Session& b) {
   });
 }
 
+/// ‖a − b‖ / ‖b‖.
+inline double distance(const at::Tensor& a, const at::Tensor& b) {
+  return ((a - b).norm() / b.norm()).item<double>();
+}
+
+/// A tensor of a session's state, or an undefined one.
+inline at::Tensor tensor_of(const Session& session, const std::string& name) {
+  for (auto& [key, tensor] : session.state()) {
+    if (key == name) return tensor;
+  }
+  return {};
+}
+
 /// Models of this size run best on one thread.
 struct OneThread {
   OneThread() { at::set_num_threads(1); }
@@ -88,5 +101,51 @@ class FileSizeLimit {
   rlimit old_limit_{};
   void (*old_handler_)(int) = nullptr;
 };
+
+/// What makes a session must be model, options and log alone, whatever becomes of the log and
+/// wherever it has been kept.
+inline void check_is_function_of_log(const Model& model, const SessionOptions& options) {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "state";
+  const auto check_same = [](const Session& a, const Session& b) {
+    CHECK(same_bits(a, b));
+    CHECK(a.report().limited_writes == b.report().limited_writes);
+    CHECK(a.report().capped_norms == b.report().capped_norms);
+    CHECK(a.report().refused_writes == b.report().refused_writes);
+  };
+  Session session(model, options);
+  session.read(noise(50));
+  session.write({.max_tokens = 70, .seed = 5, .ahead = 4});
+  const Mark mark = session.mark();
+  session.read(noise(30, 2));
+  session.feedback(20, 60, 1.5F);
+  session.revoke(5, 12);
+  check_same(session, Session::from_log(model, session.log(), options));
+
+  session.save(path);
+  Session loaded = Session::load(path, model);
+  CHECK(loaded.options().policy == options.policy);
+  CHECK(loaded.options().end_to_end == options.end_to_end);
+  REQUIRE(bool(loaded.options().protection) == bool(options.protection));
+  if (options.protection) CHECK(*loaded.options().protection == *options.protection);
+  check_same(loaded, session);
+  Session fork = session;
+  fork.read(noise(40, 3));
+  CHECK_FALSE(same_bits(fork, session));
+  for (Session* each : {&session, &loaded}) {
+    each->rollback(mark);
+    each->write({.max_tokens = 21, .seed = 6});
+  }
+  check_same(loaded, session);
+  check_same(session, Session::from_log(model, session.log(), options));
+
+  session.commit();
+  session.read(noise(9, 3));
+  session.save(path);
+  Session after = Session::load(path, model);
+  check_same(after, session);
+  for (Session* each : {&session, &after}) each->rollback(each->log().start());
+  check_same(after, session);
+}
 
 }  // namespace fastweights::test

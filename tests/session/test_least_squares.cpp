@@ -20,10 +20,6 @@ namespace {
 
 using Catch::Matchers::ContainsSubstring;
 
-double distance(const at::Tensor& a, const at::Tensor& b) {
-  return ((a - b).norm() / b.norm()).item<double>();
-}
-
 MemoryRuleCall random_call(std::int64_t tokens) {
   torch::manual_seed(2);
   const auto wide = at::TensorOptions(at::kDouble);
@@ -65,13 +61,6 @@ SessionOptions with_ridge(double ridge) {
   options.piece = 13;
   options.policy.ridge = ridge;
   return options;
-}
-
-at::Tensor tensor_of(const Session& session, const std::string& name) {
-  for (auto& [key, tensor] : session.state()) {
-    if (key == name) return tensor;
-  }
-  return {};
 }
 
 }  // namespace
@@ -122,37 +111,12 @@ TEST_CASE("least squares do not depend on where calls end", "[least_squares]") {
 
 TEST_CASE("a session by least squares is a function of model, options and log", "[least_squares]") {
   const OneThread one_thread;
-  const TemporaryFolder folder;
   auto config = small_config();
   config.fast_head = true;
-  const Model model = random_model(4, config);
   SessionOptions options = with_ridge(0.5);
   options.store.emplace();
   options.end_to_end = EndToEndOptions{1.0, 8, 1.0};
-  Session session(model, options);
-  session.read(noise(50));
-  session.write({.max_tokens = 70, .seed = 5, .ahead = 4});
-  const Mark mark = session.mark();
-  session.read(noise(30, 2));
-  session.feedback(20, 60, 1.5F);
-  session.revoke(5, 12);
-  CHECK(same_bits(session, Session::from_log(model, session.log(), options)));
-
-  session.save(folder.path() / "state");
-  Session loaded = Session::load(folder.path() / "state", model);
-  CHECK(loaded.options().policy == options.policy);
-  CHECK(same_bits(loaded, session));
-  Session fork = session;
-  fork.read(noise(40, 3));
-  for (Session* each : {&session, &loaded}) {
-    each->rollback(mark);
-    each->write({.max_tokens = 21, .seed = 6});
-  }
-  CHECK(same_bits(loaded, session));
-  CHECK(same_bits(session, Session::from_log(model, session.log(), options)));
-  session.commit();
-  session.save(folder.path() / "state");
-  CHECK(same_bits(Session::load(folder.path() / "state", model), session));
+  check_is_function_of_log(random_model(4, config), options);
 }
 
 TEST_CASE("what a session wrote by least squares is what it read", "[least_squares]") {

@@ -23,10 +23,6 @@ namespace {
 
 using Catch::Matchers::ContainsSubstring;
 
-double distance(const at::Tensor& a, const at::Tensor& b) {
-  return ((a - b).norm() / b.norm()).item<double>();
-}
-
 /// A model whose memories begin with matrices that are not zero.
 Model model_with_matrices() {
   auto config = small_config();
@@ -53,11 +49,7 @@ SessionOptions with(std::shared_ptr<const Protection> protection) {
 }
 
 at::Tensor matrix_of(const Session& session, int layer) {
-  const std::string name = "layers." + std::to_string(layer) + ".memory.state";
-  for (auto& [key, tensor] : session.state()) {
-    if (key == name) return tensor[0];
-  }
-  return {};
+  return tensor_of(session, "layers." + std::to_string(layer) + ".memory.state")[0];
 }
 
 /// How far the protected part of a session's matrices is from that of another.
@@ -101,9 +93,9 @@ TEST_CASE("what is not protected follows the rule on the rest of its key", "[pro
                             1.5 * at::rand({1, 40, 2}, wide), first.unsqueeze(0)};
   std::int64_t refused = 0;
   const double least = 0.3;
-  const auto [o, state] =
-      detail::protected_rule(call, {projector, at::matmul(projector, first), least},
-                             detail::delta_rule_of_any_keys, refused);
+  const auto [o, state] = detail::protected_rule(detail::with_unit_keys(call),
+                                                 {projector, at::matmul(projector, first), least},
+                                                 detail::delta_rule_of_any_keys, refused);
   std::int64_t expected_refused = 0;
   for (std::int64_t head = 0; head < 2; ++head) {
     const at::Tensor fixed = at::matmul(projector[head], first[head]);
@@ -132,7 +124,6 @@ TEST_CASE("what is not protected follows the rule on the rest of its key", "[pro
 
 TEST_CASE("a session with protected keys is a function of model, options and log", "[protection]") {
   const OneThread one_thread;
-  const TemporaryFolder folder;
   const Model model = model_with_matrices();
   for (const double ridge : {0.0, 0.5}) {
     SessionOptions options = with(protection_of(model, 13));
@@ -141,30 +132,26 @@ TEST_CASE("a session with protected keys is a function of model, options and log
     options.end_to_end = EndToEndOptions{1.0, 8, 1.0};
     Session session(model, options);
     session.read(noise(50));
-    session.write({.max_tokens = 70, .seed = 5, .ahead = 4});
-    const Mark mark = session.mark();
-    session.read(noise(30, 2));
-    session.feedback(20, 60, 1.5F);
-    session.revoke(5, 12);
     CHECK(session.report().refused_writes > 0);
-    const Session again = Session::from_log(model, session.log(), options);
-    CHECK(same_bits(session, again));
-    CHECK(again.report().refused_writes == session.report().refused_writes);
+    check_is_function_of_log(model, options);
+  }
+}
 
-    session.save(folder.path() / "state");
-    Session loaded = Session::load(folder.path() / "state", model);
-    CHECK(*loaded.options().protection == *options.protection);
-    CHECK(same_bits(loaded, session));
-    CHECK(loaded.report().refused_writes == session.report().refused_writes);
-    for (Session* each : {&session, &loaded}) {
-      each->rollback(mark);
-      each->write({.max_tokens = 21, .seed = 6});
-    }
-    CHECK(same_bits(loaded, session));
-    CHECK(loaded.report().refused_writes == session.report().refused_writes);
-    session.commit();
-    session.save(folder.path() / "state");
-    CHECK(same_bits(Session::load(folder.path() / "state", model), session));
+TEST_CASE("a model in bf16 can have protected keys", "[protection]") {
+  const OneThread one_thread;
+  const auto half = std::static_pointer_cast<nn::LanguageModelImpl>(model_with_matrices()->clone());
+  half->to(at::kBFloat16);
+  REQUIRE(half->blocks[0]->memory->initial_matrix.requires_grad());
+  for (const double ridge : {0.0, 0.5}) {
+    const auto protection = protection_of(half);
+    SessionOptions options = with(protection);
+    options.policy.ridge = ridge;
+    const Session fresh(half);
+    Session session(half, options);
+    session.read(noise(300, 2));
+    session.write({.max_tokens = 20});
+    CHECK(moved(session, fresh, *protection) < 1e-5);
+    CHECK(same_bits(session, Session::from_log(half, session.log(), options)));
   }
 }
 

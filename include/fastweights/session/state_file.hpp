@@ -17,12 +17,10 @@
 ///     base.…                         the same where its log begins, if something was committed
 ///     checkpoints.I.…                the same at checkpoint I, but not if that is the present
 ///     …policy.capped_norms           I64 [1] beside each of these, of a write policy with caps
-///     session.policy                 I64 [2 or 3, 4], the bits of fp64, of a policy that is not
-///     the default:
-///                                    strength, memory_norm_cap, head_norm_cap, has a surprise
-///                                    gate; its low, high, least, most; the ridge, where it is
-///                                    above
-///                                    0
+///     session.policy                 of a policy that is not the default: I64 [2 or 3, 4], the
+///                                    bits of fp64. strength, memory_norm_cap, head_norm_cap, has
+///                                    a surprise gate; its low, high, least, most; the ridge and
+///                                    zeros, where there is one
 ///     …end_to_end.…                  beside each of these, of a session that learns end to end
 ///     protection.projectors.N, .least_free   of a session with protected keys; and
 ///     …protection.refused_writes     I64 [1] beside each of the first three

@@ -53,8 +53,8 @@ inline constexpr WritePolicy kAsTrained = {};
 /// Reads and writes, and learns nothing.
 inline constexpr WritePolicy kFrozen = {.strength = 0.0F};
 
-/// Throws Error if a value is out of range: strengths in [0, 2], 0 ≤ low < high, caps ≥ 0, all
-/// finite.
+/// Throws Error if a value is out of range: strengths in [0, 2], 0 ≤ low < high, caps and ridge ≥
+/// 0, all finite; or if there are both a ridge and a memory_norm_cap.
 void check_write_policy(const WritePolicy& policy);
 
 /// The strength of a token that the log gives `strength` and that cost `bits`: at most 2. The bits
