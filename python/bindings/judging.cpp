@@ -15,6 +15,7 @@
 
 #include "bindings.hpp"
 #include "session_calls.hpp"
+#include "write_fields.hpp"
 
 namespace fastweights::python {
 namespace {
@@ -56,19 +57,10 @@ Judge judge_of(const py::object& callable) {
 
 /// (position, text, judgement) of each passage.
 py::list write_judged(GuardedSession& self, const py::object& judge, std::int64_t passages,
-                      std::int64_t candidates, std::int64_t max_tokens, double temperature,
-                      std::int64_t top_k, double top_p, std::optional<std::uint64_t> seed,
-                      std::vector<std::string> stop, const py::object& on_token,
+                      std::int64_t candidates, const WriteFields& write,
                       const py::object& progress) {
-  const JudgedWriteOptions options{.write = {.max_tokens = max_tokens,
-                                             .temperature = temperature,
-                                             .top_k = top_k,
-                                             .top_p = top_p,
-                                             .seed = seed,
-                                             .stop = std::move(stop),
-                                             .on_token = on_token_of(on_token)},
-                                   .passages = passages,
-                                   .candidates = candidates};
+  const JudgedWriteOptions options{
+      .write = to_write_options(write), .passages = passages, .candidates = candidates};
   const Judge native = judge_of(judge);
   const auto written = self.use([&](Session& session) {
     return fastweights::write_judged(session, native, options, progress_of(progress));
@@ -121,9 +113,7 @@ void bind_judging(py::module_& module) {
   py::class_<NativeJudge>(module, "Judge")
       .def("__call__", &call, py::arg("before"), py::arg("candidates"));
   module.def("write_judged", &write_judged, py::arg("session"), py::arg("judge"),
-             py::arg("passages"), py::arg("candidates"), py::arg("max_tokens"),
-             py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("seed"),
-             py::arg("stop"), py::arg("on_token"), py::arg("progress"));
+             py::arg("passages"), py::arg("candidates"), py::arg("options"), py::arg("progress"));
   module.def("fact_judge", &facts, py::arg("facts"), py::arg("right"), py::arg("wrong"),
              py::arg("silent"), py::arg("correct"));
   module.def("likelihood_judge", &likelihood, py::arg("held_out"), py::arg("tolerance"),

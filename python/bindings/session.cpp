@@ -28,7 +28,9 @@
 #include "policy_fields.hpp"
 #include "protection_fields.hpp"
 #include "session_calls.hpp"
+#include "session_fields.hpp"
 #include "store_fields.hpp"
+#include "write_fields.hpp"
 
 namespace fastweights::python {
 namespace {
@@ -43,20 +45,8 @@ at::Tensor to_tensor(const std::vector<float>& values) {
   return tensor;
 }
 
-std::unique_ptr<GuardedSession> make(const Model& model, std::int64_t piece, std::uint64_t seed,
-                                     std::int64_t journal_bytes,
-                                     const std::optional<StoreFields>& store,
-                                     const PolicyFields& policy,
-                                     const std::optional<EndToEndFields>& end_to_end,
-                                     const std::optional<ProtectionFields>& protection) {
-  return std::make_unique<GuardedSession>(
-      "session", Session(model, {.piece = piece,
-                                 .seed = seed,
-                                 .journal_bytes = journal_bytes,
-                                 .store = to_store_options(store),
-                                 .policy = to_policy(policy),
-                                 .end_to_end = to_end_to_end(end_to_end),
-                                 .protection = to_protection(protection)}));
+std::unique_ptr<GuardedSession> make(const Model& model, const SessionFields& options) {
+  return std::make_unique<GuardedSession>("session", Session(model, to_session_options(options)));
 }
 
 std::unique_ptr<GuardedSession> load(const Path& path, const Model& model) {
@@ -85,19 +75,8 @@ at::Tensor token_bits(GuardedSession& self, const py::bytes& text, const py::obj
       self.use([&](Session& session) { return session.token_bits(view, progress_of(progress)); }));
 }
 
-py::bytes write(GuardedSession& self, std::int64_t max_tokens, double temperature,
-                std::int64_t top_k, double top_p, std::optional<std::uint64_t> seed,
-                std::vector<std::string> stop, const py::object& on_token, std::int64_t ahead,
-                const py::object& guess) {
-  WriteOptions options{.max_tokens = max_tokens,
-                       .temperature = temperature,
-                       .top_k = top_k,
-                       .top_p = top_p,
-                       .seed = seed,
-                       .stop = std::move(stop),
-                       .on_token = on_token_of(on_token),
-                       .ahead = ahead};
-  if (!guess.is_none()) options.guess = guess_of(guess);
+py::bytes write(GuardedSession& self, const WriteFields& fields) {
+  const WriteOptions options = to_write_options(fields);
   return py::bytes(self.use([&](Session& session) { return session.write(options); }));
 }
 
@@ -198,23 +177,11 @@ py::dict report(GuardedSession& self) {
 
 /// The session of a log that is that of `self`, replayed from the start.
 std::unique_ptr<GuardedSession> replayed(GuardedSession& self, const Model& model,
-                                         std::int64_t piece, std::int64_t journal_bytes,
-                                         const std::optional<StoreFields>& store,
-                                         const PolicyFields& policy,
-                                         const std::optional<EndToEndFields>& end_to_end,
-                                         const std::optional<ProtectionFields>& protection,
-                                         const py::object& progress) {
+                                         const SessionFields& options, const py::object& progress) {
   const SessionLog log = self.use([](Session& session) { return session.log(); });
   const py::gil_scoped_release no_gil;
   return std::make_unique<GuardedSession>(
-      "session", Session::from_log(model, log,
-                                   {.piece = piece,
-                                    .journal_bytes = journal_bytes,
-                                    .store = to_store_options(store),
-                                    .policy = to_policy(policy),
-                                    .end_to_end = to_end_to_end(end_to_end),
-                                    .protection = to_protection(protection)},
-                                   progress_of(progress)));
+      "session", Session::from_log(model, log, to_session_options(options), progress_of(progress)));
 }
 
 std::unique_ptr<GuardedSession> rebase(GuardedSession& self, const Model& model,
@@ -260,9 +227,7 @@ void bind_session(py::module_& module) {
       },
       py::arg("model"), py::arg("text"), py::arg("share"), py::arg("most"), py::arg("least_free"));
   py::class_<GuardedSession>(module, "Session")
-      .def(py::init(&make), py::arg("model"), py::arg("piece"), py::arg("seed"),
-           py::arg("journal_bytes"), py::arg("store"), py::arg("policy"), py::arg("end_to_end"),
-           py::arg("protection"))
+      .def(py::init(&make), py::arg("model"), py::arg("options"))
       .def("protection",
            [](GuardedSession& self) {
              return to_fields(self.use([](Session& s) { return s.options().protection; }));
@@ -285,9 +250,7 @@ void bind_session(py::module_& module) {
       .def("read_and_score", &read_and_score, py::arg("text"), py::arg("progress"))
       .def("score", &score, py::arg("text"), py::arg("progress"))
       .def("token_bits", &token_bits, py::arg("text"), py::arg("progress"))
-      .def("write", &write, py::arg("max_tokens"), py::arg("temperature"), py::arg("top_k"),
-           py::arg("top_p"), py::arg("seed"), py::arg("stop"), py::arg("on_token"),
-           py::arg("ahead"), py::arg("guess"))
+      .def("write", &write, py::arg("options"))
       .def("logits",
            [](GuardedSession& self) { return self.use([](Session& s) { return s.logits(); }); })
       .def("state",
@@ -319,9 +282,7 @@ void bind_session(py::module_& module) {
       .def("commit", [](GuardedSession& self) { self.use([](Session& s) { s.commit(); }); })
       .def("strengths", &strengths)
       .def("report", &report)
-      .def("replayed", &replayed, py::arg("model"), py::arg("piece"), py::arg("journal_bytes"),
-           py::arg("store"), py::arg("policy"), py::arg("end_to_end"), py::arg("protection"),
-           py::arg("progress"))
+      .def("replayed", &replayed, py::arg("model"), py::arg("options"), py::arg("progress"))
       .def(
           "save",
           [](GuardedSession& self, const Path& path) {

@@ -14,12 +14,10 @@
 #include <vector>
 
 #include "bindings.hpp"
-#include "end_to_end_fields.hpp"
 #include "fastweights/nn/language_model.hpp"
-#include "policy_fields.hpp"
-#include "protection_fields.hpp"
 #include "session_calls.hpp"
-#include "store_fields.hpp"
+#include "session_fields.hpp"
+#include "write_fields.hpp"
 
 namespace fastweights::python {
 namespace {
@@ -28,27 +26,18 @@ namespace py = pybind11;
 using Model = std::shared_ptr<nn::LanguageModelImpl>;
 using Path = std::filesystem::path;
 
-std::unique_ptr<SessionPool> make(
-    const Model& model, std::int64_t memory_bytes, const Path& folder, std::int64_t piece,
-    std::uint64_t seed, std::int64_t journal_bytes, const std::optional<StoreFields>& store,
-    const PolicyFields& policy, const std::optional<EndToEndFields>& end_to_end,
-    const std::optional<ProtectionFields>& protection, std::int64_t most_per_batch) {
+std::unique_ptr<SessionPool> make(const Model& model, std::int64_t memory_bytes, const Path& folder,
+                                  const SessionFields& session, std::int64_t most_per_batch) {
   const auto poll = [] {
     const py::gil_scoped_acquire gil;
     check_signals();
   };
-  return std::make_unique<SessionPool>(
-      model, SessionPoolOptions{.memory_bytes = memory_bytes,
-                                .folder = folder,
-                                .session = {.piece = piece,
-                                            .seed = seed,
-                                            .journal_bytes = journal_bytes,
-                                            .store = to_store_options(store),
-                                            .policy = to_policy(policy),
-                                            .end_to_end = to_end_to_end(end_to_end),
-                                            .protection = to_protection(protection)},
-                                .most_per_batch = most_per_batch,
-                                .poll = poll});
+  return std::make_unique<SessionPool>(model,
+                                       SessionPoolOptions{.memory_bytes = memory_bytes,
+                                                          .folder = folder,
+                                                          .session = to_session_options(session),
+                                                          .most_per_batch = most_per_batch,
+                                                          .poll = poll});
 }
 
 void add(SessionPool& self, const std::string& id, GuardedSession& session) {
@@ -65,18 +54,8 @@ void read(SessionPool& self, const std::string& id, const py::bytes& text,
   self.read(id, view, callback);
 }
 
-py::bytes write(SessionPool& self, const std::string& id, std::int64_t max_tokens,
-                double temperature, std::int64_t top_k, double top_p,
-                std::optional<std::uint64_t> seed, std::vector<std::string> stop,
-                const py::object& on_token, std::int64_t ahead) {
-  WriteOptions options{.max_tokens = max_tokens,
-                       .temperature = temperature,
-                       .top_k = top_k,
-                       .top_p = top_p,
-                       .seed = seed,
-                       .stop = std::move(stop),
-                       .ahead = ahead};
-  if (!on_token.is_none()) options.on_token = on_token_of(on_token);
+py::bytes write(SessionPool& self, const std::string& id, const WriteFields& fields) {
+  const WriteOptions options = to_write_options(fields, /*polls=*/false);  // the pool does
   std::string text;
   {
     const py::gil_scoped_release no_gil;
@@ -125,9 +104,7 @@ void bind_session_pool(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   py::class_<SessionPool>(module, "SessionPool")
       .def(py::init(&make), py::arg("model"), py::arg("memory_bytes"), py::arg("folder"),
-           py::arg("piece"), py::arg("seed"), py::arg("journal_bytes"), py::arg("store"),
-           py::arg("policy"), py::arg("end_to_end"), py::arg("protection"),
-           py::arg("most_per_batch"))
+           py::arg("session"), py::arg("most_per_batch"))
       .def("create", &SessionPool::create, py::arg("name"), py::arg("seed"), no_gil)
       .def("add", &add, py::arg("name"), py::arg("session"))
       .def("load", &SessionPool::load, py::arg("name"), py::arg("path"), no_gil)
@@ -135,9 +112,7 @@ void bind_session_pool(py::module_& module) {
       .def("contains", &SessionPool::contains, py::arg("name"), no_gil)
       .def("ids", &SessionPool::ids, no_gil)
       .def("read", &read, py::arg("name"), py::arg("text"), py::arg("progress"))
-      .def("write", &write, py::arg("name"), py::arg("max_tokens"), py::arg("temperature"),
-           py::arg("top_k"), py::arg("top_p"), py::arg("seed"), py::arg("stop"),
-           py::arg("on_token"), py::arg("ahead"))
+      .def("write", &write, py::arg("name"), py::arg("options"))
       .def("save", &SessionPool::save, py::arg("name"), py::arg("path"), no_gil)
       .def("use", &use, py::arg("name"), py::arg("work"))
       .def("report", &report);

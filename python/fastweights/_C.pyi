@@ -76,6 +76,26 @@ class ExactStore:
 _PolicyFields = tuple[float, tuple[float, float, float, float] | None, float, float, float]
 _EndToEndFields = tuple[float, int, float]
 _ProtectionFields = tuple[list[Tensor], float]
+_SessionFields = tuple[
+    int,
+    int,
+    int,
+    _StoreFields | None,
+    _PolicyFields,
+    _EndToEndFields | None,
+    _ProtectionFields | None,
+]
+_WriteFields = tuple[
+    int,
+    float,
+    int,
+    float,
+    int | None,
+    list[bytes],
+    Callable[[bytes], bool | None] | None,
+    int,
+    Callable[[bytes, int], bytes] | None,
+]
 _Trial = tuple[float, float, float, float, float]
 
 def protect_keys(
@@ -83,17 +103,7 @@ def protect_keys(
 ) -> _ProtectionFields: ...
 
 class Session:
-    def __init__(
-        self,
-        model: LanguageModel,
-        piece: int,
-        seed: int,
-        journal_bytes: int,
-        store: _StoreFields | None,
-        policy: _PolicyFields,
-        end_to_end: _EndToEndFields | None,
-        protection: _ProtectionFields | None,
-    ) -> None: ...
+    def __init__(self, model: LanguageModel, options: _SessionFields) -> None: ...
     def protection(self) -> _ProtectionFields | None: ...
     def end_to_end_options(self) -> _EndToEndFields | None: ...
     def store_options(self) -> _StoreFields | None: ...
@@ -108,18 +118,7 @@ class Session:
     def token_bits(
         self, text: bytes, progress: Callable[[int, int], bool | None] | None
     ) -> Tensor: ...
-    def write(
-        self,
-        max_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int | None,
-        stop: list[bytes],
-        on_token: Callable[[bytes], bool | None] | None,
-        ahead: int,
-        guess: Callable[[bytes, int], bytes] | None,
-    ) -> bytes: ...
+    def write(self, options: _WriteFields) -> bytes: ...
     def logits(self) -> Tensor: ...
     def state(self) -> dict[str, Tensor]: ...
     def fused(self) -> bool: ...
@@ -174,12 +173,7 @@ class Session:
     def replayed(
         self,
         model: LanguageModel,
-        piece: int,
-        journal_bytes: int,
-        store: _StoreFields | None,
-        policy: _PolicyFields,
-        end_to_end: _EndToEndFields | None,
-        protection: _ProtectionFields | None,
+        options: _SessionFields,
         progress: Callable[[int, int], bool | None] | None,
     ) -> Session: ...
     def copy(self) -> Session: ...
@@ -194,13 +188,7 @@ def write_judged(
     judge: Judge | Callable[[Session, list[tuple[bytes, Session]]], _Judgement],
     passages: int,
     candidates: int,
-    max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int | None,
-    stop: list[bytes],
-    on_token: Callable[[bytes], bool | None] | None,
+    options: _WriteFields,
     progress: Callable[[int, int], bool | None] | None,
 ) -> list[tuple[int, bytes, _Judgement]]: ...
 def fact_judge(
@@ -219,13 +207,7 @@ class SessionPool:
         model: LanguageModel,
         memory_bytes: int,
         folder: str | os.PathLike[str],
-        piece: int,
-        seed: int,
-        journal_bytes: int,
-        store: _StoreFields | None,
-        policy: _PolicyFields,
-        end_to_end: _EndToEndFields | None,
-        protection: _ProtectionFields | None,
+        session: _SessionFields,
         most_per_batch: int,
     ) -> None: ...
     def create(self, name: str, seed: int | None) -> None: ...
@@ -237,18 +219,7 @@ class SessionPool:
     def read(
         self, name: str, text: bytes, progress: Callable[[int, int], bool | None] | None
     ) -> None: ...
-    def write(
-        self,
-        name: str,
-        max_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int | None,
-        stop: list[bytes],
-        on_token: Callable[[bytes], bool | None] | None,
-        ahead: int,
-    ) -> bytes: ...
+    def write(self, name: str, options: _WriteFields) -> bytes: ...
     def save(self, name: str, path: str | os.PathLike[str]) -> None: ...
     def use(self, name: str, work: Callable[[Session], Any]) -> Any: ...
     def report(self) -> dict[str, int]: ...

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from . import _C
-from .session import Progress, Session, Text, _checked_seed, _stops, _to_bytes, _TokenStream
+from .session import Progress, Session, Text, _to_bytes, _to_text, _write_options
 
 
 class Candidate(NamedTuple):
@@ -65,6 +65,8 @@ def write_judged(
     seed: int | None = None,
     stop: Text | Sequence[Text] = (),
     on_token: Callable[[str], bool | None] | None = None,
+    ahead: int = 0,
+    guess: Callable[[bytes, int], Text] | None = None,
     progress: Progress | None = None,
 ) -> list[JudgedPassage]:
     """Writes passages, has each judged, and learns as the judge says.
@@ -88,28 +90,18 @@ def write_judged(
         seed: restarts the generator before the first passage.
         stop: a passage ends as soon as it ends with one of these.
         on_token: sees all candidates, one after the other.
+        ahead: see `Session.write`.
+        guess: see `Session.write`; each candidate is a write of its own.
         progress: called between passages with those done and in all; False raises `Cancelled`.
 
     Raises:
         Error: an option or a judgement is out of range.
     """
-    stream = _TokenStream(on_token) if on_token else None
-    written = _C.write_judged(
-        session._session,
-        judge._native if isinstance(judge, NativeJudge) else _on_fields(judge),
-        passages,
-        candidates,
-        max_tokens,
-        temperature,
-        top_k,
-        top_p,
-        None if seed is None else _checked_seed(seed),
-        _stops(stop),
-        stream,
-        progress,
-    )
-    if stream:
-        stream.finish()
+    native = judge._native if isinstance(judge, NativeJudge) else _on_fields(judge)
+    with _write_options(
+        max_tokens, temperature, top_k, top_p, seed, stop, on_token, ahead, guess
+    ) as options:
+        written = _C.write_judged(session._session, native, passages, candidates, options, progress)
     return [
         JudgedPassage(position, _to_text(text), _judgement(fields))
         for position, text, fields in written
@@ -199,10 +191,6 @@ def _on_fields(judge: Judge) -> Callable[[_C.Session, list[tuple[bytes, _C.Sessi
 def _judgement(fields: _Fields) -> Judgement:
     choice, strength, correction = fields
     return Judgement(choice, strength, _to_text(correction))
-
-
-def _to_text(text: bytes) -> str:
-    return text.decode("utf-8", "surrogateescape")
 
 
 __all__ = [

@@ -1,9 +1,9 @@
 """A running model that learns from what it reads and from what it writes."""
 
 import codecs
-import functools
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, overload
 
 from torch import Tensor
@@ -139,13 +139,7 @@ class Session:
         """
         self._session = _C.Session(
             _native(model),
-            piece,
-            _checked_seed(seed),
-            journal_bytes,
-            _store(store),
-            policy,
-            _end_to_end(end_to_end),
-            protection,
+            _session_options(piece, seed, journal_bytes, store, policy, end_to_end, protection),
         )
 
     def read(self, text: Text, progress: Progress | None = None) -> None:
@@ -214,18 +208,11 @@ class Session:
             Error: an option is out of range, a stop string is empty, or there is a `guess` where
                 `ahead` is 0.
         """
-        told = None if guess is None else lambda text, most: _to_bytes(guess(text, most))
-        return _write(
-            functools.partial(self._session.write, guess=told),
-            max_tokens,
-            temperature,
-            top_k,
-            top_p,
-            seed,
-            stop,
-            on_token,
-            ahead,
-        )
+        with _write_options(
+            max_tokens, temperature, top_k, top_p, seed, stop, on_token, ahead, guess
+        ) as options:
+            written = self._session.write(options)
+        return _to_text(written)
 
     def mark(self) -> Mark:
         """Marks this place: a name for the present position, to come back to.
@@ -445,12 +432,7 @@ class Session:
         return self._of(
             self._session.replayed(
                 _native(model),
-                piece,
-                journal_bytes,
-                _store(store),
-                policy,
-                _end_to_end(end_to_end),
-                protection,
+                _session_options(piece, 0, journal_bytes, store, policy, end_to_end, protection),
                 progress,
             )
         )
@@ -554,16 +536,24 @@ def _native(model: "nn.LanguageModel | _C.LanguageModel") -> _C.LanguageModel:
     return model.native() if isinstance(model, nn.LanguageModel) else model
 
 
-def _store(store: bool | ExactStoreOptions) -> ExactStoreOptions | None:
-    if isinstance(store, bool):
-        return ExactStoreOptions() if store else None
-    return store
-
-
-def _end_to_end(options: bool | EndToEndOptions) -> EndToEndOptions | None:
-    if isinstance(options, bool):
-        return EndToEndOptions() if options else None
-    return options
+def _session_options(
+    piece: int,
+    seed: int,
+    journal_bytes: int,
+    store: bool | ExactStoreOptions,
+    policy: WritePolicy,
+    end_to_end: bool | EndToEndOptions,
+    protection: Protection | None,
+) -> "_C._SessionFields":
+    return (
+        piece,
+        _checked_seed(seed),
+        journal_bytes,
+        (ExactStoreOptions() if store else None) if isinstance(store, bool) else store,
+        policy,
+        (EndToEndOptions() if end_to_end else None) if isinstance(end_to_end, bool) else end_to_end,
+        protection,
+    )
 
 
 def _point(place: Mark | int) -> tuple[bool, int]:
@@ -580,8 +570,12 @@ def _to_bytes(text: Text) -> bytes:
     return text if isinstance(text, bytes) else bytes(memoryview(text))
 
 
-def _write(
-    native: Callable[..., bytes],
+def _to_text(text: bytes) -> str:
+    return text.decode("utf-8", "surrogateescape")
+
+
+@contextlib.contextmanager
+def _write_options(
     max_tokens: int,
     temperature: float,
     top_k: int,
@@ -590,22 +584,24 @@ def _write(
     stop: Text | Sequence[Text],
     on_token: Callable[[str], bool | None] | None,
     ahead: int,
-) -> str:
-    """What `Session.write` and `SessionPool.write` make of bytes that come one by one."""
+    guess: Callable[[bytes, int], Text] | None = None,
+) -> "Iterator[_C._WriteFields]":
+    """The options of a write; `on_token` gets what is left of its text when it has been written."""
     stream = _TokenStream(on_token) if on_token else None
-    written = native(
+    stops = [stop] if isinstance(stop, str | bytes | bytearray | memoryview) else stop
+    yield (
         max_tokens,
         temperature,
         top_k,
         top_p,
         None if seed is None else _checked_seed(seed),
-        _stops(stop),
+        [_to_bytes(each) for each in stops],
         stream,
         ahead,
+        None if guess is None else lambda text, most: _to_bytes(guess(text, most)),
     )
     if stream:
         stream.finish()
-    return written.decode("utf-8", "surrogateescape")
 
 
 class _TokenStream:
@@ -623,11 +619,6 @@ class _TokenStream:
         rest = self._decoder.decode(b"", final=True)
         if rest:
             self._on_token(rest)
-
-
-def _stops(stop: Text | Sequence[Text]) -> list[bytes]:
-    stops = [stop] if isinstance(stop, str | bytes | bytearray | memoryview) else stop
-    return [_to_bytes(each) for each in stops]
 
 
 def _checked_seed(seed: int) -> int:

@@ -1,6 +1,5 @@
 """Many sessions on one model, called from any threads."""
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -14,11 +13,11 @@ from .session import (
     Session,
     Text,
     _checked_seed,
-    _end_to_end,
     _native,
-    _store,
+    _session_options,
     _to_bytes,
-    _write,
+    _to_text,
+    _write_options,
 )
 from .write_policy import AS_TRAINED, WritePolicy
 
@@ -101,13 +100,7 @@ class SessionPool:
             self._model,
             memory_bytes,
             folder,
-            piece,
-            _checked_seed(seed),
-            journal_bytes,
-            _store(store),
-            policy,
-            _end_to_end(end_to_end),
-            protection,
+            _session_options(piece, seed, journal_bytes, store, policy, end_to_end, protection),
             most_per_batch,
         )
 
@@ -161,8 +154,11 @@ class SessionPool:
         ahead: int = 0,
     ) -> str:
         """`Session.write`, with the same options but for `guess`."""
-        write = functools.partial(self._pool.write, name)
-        return _write(write, max_tokens, temperature, top_k, top_p, seed, stop, on_token, ahead)
+        with _write_options(
+            max_tokens, temperature, top_k, top_p, seed, stop, on_token, ahead
+        ) as options:
+            written = self._pool.write(name, options)
+        return _to_text(written)
 
     def save(self, name: str, path: str | os.PathLike[str]) -> None:
         """`Session.save`."""

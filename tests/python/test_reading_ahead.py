@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from small_models import small_model
 from small_sessions import same_bits
 
-from fastweights import Error, Session, SessionPool
+from fastweights import Candidate, Error, Judgement, Session, SessionPool, write_judged
 from fastweights.nn import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +100,29 @@ def test_in_a_pool(model: LanguageModel) -> None:
     plain = pool.use("one", lambda session: session.fork())
     text = plain.write(max_tokens=60, seed=1)
     assert pool.write("one", max_tokens=60, seed=1, ahead=8) == text
+
+
+def test_where_writing_is_judged(model: LanguageModel) -> None:
+    plain, ahead, guessed = (started(model) for _ in range(3))
+    asked = []
+
+    def guess(since: bytes, most: int) -> bytes:
+        asked.append(most)
+        return b"round"[:most]
+
+    def judge(before: Session, candidates: Sequence[Candidate]) -> Judgement:
+        return Judgement(choice=1, strength=0.5)
+
+    written = write_judged(plain, judge, passages=2, candidates=2, max_tokens=40, seed=1)
+    for session, options in ((ahead, {}), (guessed, {"guess": guess})):
+        assert (
+            write_judged(
+                session, judge, passages=2, candidates=2, max_tokens=40, seed=1, ahead=8, **options
+            )
+            == written
+        )
+        assert same_bits(session, plain)
+    assert asked
 
 
 def test_the_example(tmp_path: Path) -> None:
