@@ -32,6 +32,7 @@ from fastweights.io import load_metadata, load_tensors, save_tensors
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from baselines.rwkv7 import RWKV7, RWKV7Config, RWKV7State, load_rwkv7, save_rwkv7
 from record import Record, save_record
+from works import read_works
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "training_rwkv7.json"
@@ -160,13 +161,6 @@ def line_start(text: bytes, place: int) -> int:
     """The first place after a line's end behind `place`, or `place` where none is near."""
     end = text.find(b"\n", place, place + LINE)
     return place if end < 0 else end + 1
-
-
-def read_works(folder: Path) -> dict[str, bytes]:
-    works = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.txt"))}
-    if not works:
-        sys.exit(f"train_rwkv7: {folder} has no .txt; run scripts/fetch-texts first")
-    return works
 
 
 # ---- bits per byte

@@ -22,6 +22,7 @@ from fastweights import Session
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from record import Record, save_record
+from works import read_works
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "consolidation.json"
@@ -29,9 +30,8 @@ LEARNED, TRIAL, START = 60_000, 16_000, 2048
 Row = dict[str, Any]
 
 
-def texts(held_out: Path) -> dict[str, tuple[bytes, bytes]]:
+def texts(lear: bytes) -> dict[str, tuple[bytes, bytes]]:
     """Name → what is learned, and what comes next."""
-    lear = (held_out / "king-lear.txt").read_bytes()
     library = Path(sysconfig.get_path("stdlib"))
     module = (library / "argparse.py").read_bytes(), (library / "optparse.py").read_bytes()
     return {
@@ -83,12 +83,11 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, default=ROOT / "data" / "plays" / "held_out")
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    if not arguments.held_out.is_dir():
-        sys.exit(f"consolidation: {arguments.held_out} is missing; run scripts/fetch-texts first")
+    works = read_works(arguments.held_out)
     model = fastweights.load_model(arguments.model, fast_head=True)
-    other = (arguments.held_out / "richard-iii.txt").read_bytes()[20000:28000]
+    other = works["richard-iii"][20000:28000]
     rows: list[Row] = []
-    for name, (learned, trial) in texts(arguments.held_out).items():
+    for name, (learned, trial) in texts(works["king-lear"]).items():
         rows += rows_of(name, learned, trial, other, model)
     title = "Consolidation: bits per byte from a fresh session, before and after"
     save_record(arguments.output, Record(title, rows))

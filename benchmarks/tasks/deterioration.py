@@ -49,6 +49,7 @@ from continual.report import table
 
 from baselines.rwkv7 import load_rwkv7
 from record import Record, save_record
+from works import read_works
 
 BASE_BYTES = 8192
 PASSAGE_BYTES = 1024
@@ -179,13 +180,11 @@ class Paired:
 
 def load_texts(folder: Path) -> dict[str, bytes]:
     """Base text and passages from held-out works, and text that the model was trained on."""
-    held_out = folder / "held_out"
-    if not held_out.is_dir():
-        sys.exit(f"deterioration: {held_out} is missing; run scripts/fetch-texts first")
-    train = sorted((folder / "train").glob("*.txt"))[0].read_bytes()
+    held_out = read_works(folder / "held_out")
+    train = next(iter(read_works(folder / "train").values()))
     return {
-        "base": (held_out / "king-lear.txt").read_bytes()[20000 : 20000 + BASE_BYTES],
-        "passages": (held_out / "troilus-and-cressida.txt").read_bytes()[20000:],
+        "base": held_out["king-lear"][20000 : 20000 + BASE_BYTES],
+        "passages": held_out["troilus-and-cressida"][20000:],
         "train": train[10000 : 10000 + 16 * 1024],
     }
 

@@ -32,6 +32,7 @@ from fastweights.nn import LanguageModel, LanguageModelState
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "tasks")]
 from record import Record, save_record
+from works import read_works
 
 RESULT = ROOT / "benchmarks" / "results" / "end_to_end.json"
 SEGMENT = 128  # bytes of a gradient step on all weights
@@ -220,9 +221,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    files = sorted(arguments.texts.glob("*.txt"))
-    if len(files) < 2:
-        sys.exit(f"end_to_end: too few texts in {arguments.texts}; run scripts/fetch-texts first")
+    works = list(read_works(arguments.texts, least=2).items())
     rows: list[Row] = []
     if arguments.output.exists():
         rows = json.loads(arguments.output.read_text())["rows"]
@@ -234,22 +233,21 @@ def main() -> None:
 
     learners = variants(arguments.model)
     plain = fastweights.load_model(arguments.model, fast_head=False).eval()
-    with tqdm(total=len(files) * (len(learners) + 1), unit="read") as progress:
-        for index, path in enumerate(files):
-            text = path.read_bytes()[: arguments.bytes]
-            other = files[index - 1].read_bytes()[:OTHER]
+    with tqdm(total=len(works) * (len(learners) + 1), unit="read") as progress:
+        for index, (work, whole) in enumerate(works):
+            text, other = whole[: arguments.bytes], works[index - 1][1][:OTHER]
             for name, learn in learners.items():
                 progress.update()
-                if (path.stem, name) in done:
+                if (work, name) in done:
                     continue
-                row = {"work": path.stem, "learner": name, "bytes": len(text)}
+                row = {"work": work, "learner": name, "bytes": len(text)}
                 row |= learn(text, other)
                 add(row)
             progress.update()
-            if (path.stem, "rank") not in done:
+            if (work, "rank") not in done:
                 session = Session(plain, end_to_end=True)
                 session.read(text[:-8192])
-                add({"work": path.stem, "learner": "rank"} | rank_row(plain, session, text))
+                add({"work": work, "learner": "rank"} | rank_row(plain, session, text))
     print(table(rows))
     save_plot(rows, arguments.output.with_suffix(".png"))
 

@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from held_out import interval, ppmd_primed
 
 from record import Record, machine, save_record
+from works import read_works
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "exact_store.json"
@@ -148,20 +149,20 @@ def works(model: nn.LanguageModel, data: Path) -> list[Row]:
     """Bits per byte of each held-out work and variant."""
     ppmd = ppmd_primed()
     rows = []
-    for path in sorted((data / "held_out").glob("*.txt")):
-        readers = read_all(model, path.read_bytes(), list(VARIANTS), ALL_KEYS)
+    for work, text in read_works(data / "held_out").items():
+        readers = read_all(model, text, list(VARIANTS), ALL_KEYS)
         bits = {name: torch.cat(reader.bits) for name, reader in readers.items()}
         for name, reader in readers.items():
             store = reader.store
             row: Row = {
                 "kind": "work",
-                "work": path.stem,
+                "work": work,
                 "bytes": len(bits[name]),
                 "variant": name,
                 "bits_per_byte": round(bits[name].mean().item(), 4),
                 "gain_interval": interval(bits["model"] - bits[name]),
                 "store_bytes_per_byte": round(store.nbytes / len(store), 1) if store else 0.0,
-                "ppmd_primed": ppmd.get(path.stem),
+                "ppmd_primed": ppmd.get(work),
             }
             rows.append(row)
             print("{work:22} {variant:18} {bits_per_byte:.4f}".format(**row))
@@ -203,8 +204,8 @@ def with_repeats(filler: bytes) -> tuple[bytes, list[Repeat]]:
 
 def repeats(model: nn.LanguageModel, data: Path) -> list[Row]:
     """Bits per byte of passages on the first and the second reading."""
-    plays = sorted((data / "held_out").glob("*.txt")) + sorted((data / "train").glob("*.txt"))
-    filler = b"".join(path.read_bytes() for path in plays)
+    plays = (read_works(data / folder).values() for folder in ("held_out", "train"))
+    filler = b"".join(play for each in plays for play in each)
     text, places = with_repeats(filler)
     names = ["model", "+ match", "+ both"]
     rows = []
@@ -231,8 +232,7 @@ def repeats(model: nn.LanguageModel, data: Path) -> list[Row]:
 
 def speed(model: nn.LanguageModel, data: Path) -> list[Row]:
     """Microseconds per byte by bytes read: the model, the store, the store byte by byte."""
-    plays = sorted((data / "train").glob("*.txt"))
-    text = b"".join(path.read_bytes() for path in plays)[:SPEED_BYTES]
+    text = b"".join(read_works(data / "train").values())[:SPEED_BYTES]
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     reader = Reader("+ both", model.config, ALL_KEYS)
     assert reader.store is not None

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from held_out import interval, ppmd_primed
 
 from record import Record, machine, save_record
+from works import read_works
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "fast_head.json"
@@ -93,12 +94,13 @@ def quality(folder: Path, held_out: Path) -> list[Row]:
     ppmd = ppmd_primed()
     settings = [(eta, 0.0) for eta in ETAS] + [(0.3, half_life) for half_life in HALF_LIVES]
     rows = []
-    for path in sorted(held_out.glob("*.txt")):
-        reading = Reading(model, path.read_bytes())
+    works = read_works(held_out)
+    for work, text in works.items():
+        reading = Reading(model, text)
         base = reading.bits(0.0, 0.0)
-        common = {"work": path.stem, "bytes": len(base) + 1, "ppmd_primed": ppmd.get(path.stem)}
+        common = {"work": work, "bytes": len(base) + 1, "ppmd_primed": ppmd.get(work)}
         rows.append(common | {"eta": 0.0, "half_life": 0.0, "bits_per_byte": mean(base)})
-        for eta, half_life in tqdm(settings, desc=path.stem, leave=False):
+        for eta, half_life in tqdm(settings, desc=work, leave=False):
             bits = reading.bits(eta, half_life)
             rows.append(
                 common
@@ -108,7 +110,7 @@ def quality(folder: Path, held_out: Path) -> list[Row]:
             print(
                 "{work:22} eta {eta:<5} half-life {half_life:<8} {bits_per_byte}".format(**rows[-1])
             )
-    check_against_model(folder, held_out, rows)
+    check_against_model(folder, works, rows)
     return rows
 
 
@@ -117,10 +119,10 @@ def mean(bits: Tensor) -> float:
     return round(bits.double().mean().item(), 4)
 
 
-def check_against_model(folder: Path, held_out: Path, rows: list[Row]) -> None:
+def check_against_model(folder: Path, works: dict[str, bytes], rows: list[Row]) -> None:
     """The last work, by a session on the model that has the head."""
     row = next(row for row in reversed(rows) if (row["eta"], row["half_life"]) == (0.3, 0.0))
-    text = (held_out / f"{row['work']}.txt").read_bytes()
+    text = works[row["work"]]
     model = fastweights.load_model(folder, fast_head=True, fast_head_eta=0.3)
     bits = fastweights.Session(model, piece=PIECE).token_bits(text)
     given = mean(bits[1:])
@@ -138,7 +140,7 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 def speed(folder: Path, held_out: Path, rounds: int) -> list[Row]:
     """Microseconds per byte of the model with and without the head, interleaved."""
-    text = next(iter(sorted(held_out.glob("*.txt")))).read_bytes()
+    text = next(iter(read_works(held_out).values()))
     models = {on: fastweights.load_model(folder, fast_head=on).native() for on in (False, True)}
     rows: list[Row] = []
     for threads in (1, 2):
@@ -190,9 +192,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    if not arguments.held_out.is_dir():
-        sys.exit(f"fast_head: {arguments.held_out} is missing; run scripts/fetch-texts first")
-
     stored: list[Row] = []
     if arguments.output.exists():
         stored = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"]

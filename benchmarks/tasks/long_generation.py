@@ -38,6 +38,7 @@ sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "tasks")]
 from continual.facts import FACTS_PER_SET, Fact, exchange_text, fact_sets, shuffled
 
 from record import Record, save_record
+from works import read_works
 
 RESULT = ROOT / "benchmarks" / "results" / "long_generation.json"
 PASSAGE_BYTES = 400
@@ -200,10 +201,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    held_out = arguments.texts / "held_out" / "king-lear.txt"
-    if not held_out.exists():
-        sys.exit(f"long_generation: {held_out} is missing; run scripts/fetch-texts first")
-    play = held_out.read_bytes()[20000 : 20000 + HELD_OUT_BYTES]
+    play = read_works(arguments.texts / "held_out")["king-lear"][20000 : 20000 + HELD_OUT_BYTES]
     model = fastweights.load_model(arguments.model)
     window = model.config.attention_window
     native = model.native()

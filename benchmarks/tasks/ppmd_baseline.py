@@ -19,6 +19,7 @@ import pyppmd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from record import Record, machine, save_record
+from works import read_works
 
 MEMORY = 1 << 30  # bytes; more than the corpus needs, so that the model is never restarted
 RESULT = Path(__file__).resolve().parents[1] / "results" / "ppmd_baseline.json"
@@ -38,14 +39,6 @@ def coded_bits(new_encoder: Callable[[int], object], order: int, prime: bytes, w
     return 8 * (coded_length(prime + work) - (coded_length(prime) if prime else 0))
 
 
-def read_folder(folder: Path) -> dict[str, bytes]:
-    """Name → bytes of each .txt in the folder, by name."""
-    works = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.txt"))}
-    if not works:
-        sys.exit(f"ppmd_baseline: {folder} holds no .txt; run scripts/fetch-texts first")
-    return works
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="PPMd's bits per byte on held-out works")
@@ -55,8 +48,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
 
-    train = read_folder(arguments.train)
-    held_out = read_folder(arguments.held_out)
+    train = read_works(arguments.train)
+    held_out = read_works(arguments.held_out)
     prime = b"".join(train.values())
     samples: list[dict[str, Any]] = [
         {

@@ -23,6 +23,7 @@ from fastweights import Protection, Session, protect_keys
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "tasks")]
 from record import Record, save_record
+from works import read_works
 
 RESULT = ROOT / "benchmarks" / "results" / "protection.json"
 LEARNED = 60_000  # bytes of the first play that are consolidated
@@ -72,34 +73,30 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    files = sorted((arguments.texts / "held_out").glob("*.txt"))
-    guards = sorted((arguments.texts / "train").glob("*.txt"))
-    if len(files) < 2 or not guards:
-        sys.exit(f"protection: too few texts in {arguments.texts}; run scripts/fetch-texts first")
-    guarded = guards[0].read_bytes()[10_000:18_192]
+    works = list(read_works(arguments.texts / "held_out", least=2).items())
+    guarded = next(iter(read_works(arguments.texts / "train").values()))[10_000:18_192]
     # Without the memory at the head, which is not protected.
     model = fastweights.load_model(arguments.model, fast_head=False)
     rows: list[Row] = []
-    with tqdm(total=len(files) * (1 + len(SHARES)), unit="session") as progress:
-        for index, path in enumerate(files):
-            first, other = path.read_bytes(), files[index - 1].read_bytes()[: arguments.bytes]
+    with tqdm(total=len(works) * (1 + len(SHARES)), unit="session") as progress:
+        for index, (name, first) in enumerate(works):
+            second, other = works[index - 1]
             session = Session(model)
             session.read(first[:LEARNED])
             trial = first[LEARNED - NEXT : LEARNED]
             try:
                 learned = session.consolidate(trial, guarded, tolerance=0.05, head=False).model
             except fastweights.Error as error:  # it gains nothing there
-                progress.write(f"{path.stem}: {error}")
+                progress.write(f"{name}: {error}")
                 progress.update(1 + len(SHARES))
                 continue
             kinds: dict[str, Protection | None] = {"none": None}
             for share in SHARES:
                 text = first[LEARNED - 16_384 : LEARNED]
                 kinds[f"share {share}"] = protect_keys(learned, text, share=share, most=56)
-            for name, protection in kinds.items():
-                row = {"first": path.stem, "second": files[index - 1].stem, "protection": name}
-                row["keys"] = 64
-                rows.append(row | measure(learned, protection, first, other))
+            for kind, protection in kinds.items():
+                row = {"first": name, "second": second, "protection": kind, "keys": 64}
+                rows.append(row | measure(learned, protection, first, other[: arguments.bytes]))
                 save_record(arguments.output, Record("Protected keys", rows))
                 progress.update()
     print(table(rows))

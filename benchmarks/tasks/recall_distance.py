@@ -30,6 +30,7 @@ sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "tasks")]
 from continual.facts import FACTS_PER_SET, Fact, exchange_text, fact_sets
 
 from record import Record, save_record
+from works import read_works
 
 RESULT = ROOT / "benchmarks" / "results" / "recall_distance.json"
 DISTANCES = [0, 256, 1024, 4096, 16384, 65536, 262144, 1048576]
@@ -133,10 +134,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    files = sorted(arguments.texts.glob("*.txt"))
-    if not files:
-        sys.exit(f"recall_distance: no texts in {arguments.texts}; run scripts/fetch-texts first")
-    filler = b"\n".join(path.read_bytes() for path in files)
+    filler = b"\n".join(read_works(arguments.texts).values())
     rows: list[Row] = []
     if arguments.output.exists():
         rows = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"]

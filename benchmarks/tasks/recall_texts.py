@@ -20,6 +20,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from works import read_works
+
 ROOT = Path(__file__).resolve().parents[2]
 NEAREST, FARTHEST = 140, 6000  # bytes back to what is asked again
 CONSONANTS = ["b", "c", "ch", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "qu", "r", "s"]
@@ -143,10 +146,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=120_000, help="of each work")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    files = sorted(arguments.texts.glob("*.txt"))
-    if not files:
-        sys.exit(f"recall_texts: no texts in {arguments.texts}; run scripts/fetch-texts first")
-    plays = [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    plays = [text.decode("utf-8", "replace") for text in read_works(arguments.texts).values()]
     arguments.output.mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(arguments.works), unit="work"):
         text = Work(plays, arguments.seed * 1_000_003 + index).text(arguments.bytes)

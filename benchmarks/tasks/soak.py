@@ -43,6 +43,7 @@ from fastweights import Session
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from process import resident_bytes
 from record import Record, save_record
+from works import read_works
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -86,14 +87,6 @@ def name_of(arguments: argparse.Namespace) -> str:
     return "soak_store" if arguments.store else "soak"
 
 
-def plays(folder: str) -> list[bytes]:
-    """The plays of a folder, by name."""
-    works = sorted((PLAYS / folder).glob("*.txt"))
-    if not works:
-        sys.exit(f"soak: {PLAYS / folder} holds no plays; run scripts/fetch-texts")
-    return [work.read_bytes() for work in works]
-
-
 def modules() -> list[bytes]:
     """The standard library, but for what is installed beside it and the module held out."""
     paths = sorted(path.relative_to(LIBRARY) for path in LIBRARY.rglob("*.py"))
@@ -103,7 +96,7 @@ def modules() -> list[bytes]:
 
 def make_text(size: int) -> Text:
     """Works in random, but fixed order; whichever kind has fewer bytes comes next."""
-    works = [plays("train"), modules()]
+    works = [list(read_works(PLAYS / "train").values()), modules()]
     for each in works:
         random.Random(0).shuffle(each)
     parts: list[bytes] = []
@@ -126,7 +119,8 @@ def make_text(size: int) -> Text:
 def make_probes() -> dict[str, bytes]:
     """The start of two texts that are never read."""
     module = (LIBRARY / HELD_OUT_MODULE).read_bytes()
-    return {"plays": plays("held_out")[0][:PROBE_BYTES], "modules": module[:PROBE_BYTES]}
+    play = next(iter(read_works(PLAYS / "held_out").values()))
+    return {"plays": play[:PROBE_BYTES], "modules": module[:PROBE_BYTES]}
 
 
 class Soak:

@@ -20,6 +20,7 @@ from fastweights import Session, SurpriseGate, WritePolicy
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "tasks")]
 from record import Record, save_record
+from works import read_works
 
 RESULT = ROOT / "benchmarks" / "results" / "write_policies.json"
 
@@ -70,14 +71,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    files = sorted(arguments.texts.glob("*.txt"))
-    if not files:
-        sys.exit(f"write_policies: no texts in {arguments.texts}; run scripts/fetch-texts first")
+    works = read_works(arguments.texts)
     model = fastweights.load_model(arguments.model).native()
     rows: list[dict[str, Any]] = []
     with tqdm(unit="read") as progress:
-        for path in files:
-            text = path.read_bytes()[: arguments.bytes]
+        for work, whole in works.items():
+            text = whole[: arguments.bytes]
             plain = Session(model)
             plain.read(text)
             for name, policy in policies(plain).items():
@@ -87,7 +86,7 @@ def main() -> None:
                 report = session.report()
                 rows.append(
                     {
-                        "work": path.stem,
+                        "work": work,
                         "policy": name,
                         "fields": policy._asdict(),
                         "bits_per_byte": round(bits, 4),
