@@ -168,6 +168,7 @@ std::tuple<at::Tensor, at::Tensor> protected_rule(const MemoryRuleCall& call,
   const at::Tensor beta = call.beta.masked_fill(little, 0);
   const auto [o, state] = rule({call.q, k, v, call.g, beta, without(call.state)});
   const double scale = 1.0 / std::sqrt(static_cast<double>(call.q.size(3)));
+  // The rule leaves nothing in the protected part but what rounding would gather there.
   return {o + times(call.q, part.kept) * scale, without(state) + part.kept};
 }
 
