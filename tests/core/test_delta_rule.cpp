@@ -91,6 +91,13 @@ TEST_CASE("the delta rules agree with the oracle at every length", "[delta_rule]
       {.shape = {2, tokens, 1, 2, 20, 36}, .dtype = dtype, .gated = gated, .use_qk_l2norm = true});
 }
 
+TEST_CASE("a few tokens go through the state together, however many", "[delta_rule]") {
+  const auto tokens = GENERATE(2, 3, 4, 5, 6, 7, 9, 10, 63, 70);
+  const bool gated = GENERATE(false, true);
+  const auto dtype = GENERATE(DType::kFloat64, DType::kFloat32);
+  check_dtype({.shape = {1, tokens, 1, 2, 20, 64}, .dtype = dtype, .gated = gated});
+}
+
 TEST_CASE("the delta rules agree with the oracle at every head size", "[delta_rule]") {
   const auto keys = GENERATE(1, 3, 60, 100, 256);
   const auto values = GENERATE(1, 17, 64, 100, 256);

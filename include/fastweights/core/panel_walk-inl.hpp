@@ -221,18 +221,19 @@ class RowPrefetch {
 // ---- the state
 // -----------------------------------------------------------------------------------
 
-/// reads[i] ← Sᵀ x_i for C packed rows. Row r of the panel begins at `state + r · state_stride`.
-/// Ticks once for every two rows.
-template <class Real>
+/// reads[i] ← Sᵀ x_i for packed rows x_i, a chunk's or fewer. Row r of the panel begins at
+/// `state + r · state_stride`. Ticks once for every two rows.
+template <std::size_t kRows, class Real>
 HWY_INLINE void read_state(const Real* HWY_RESTRICT state, std::int64_t state_stride,
                            const Real* HWY_RESTRICT rows, std::int64_t keys,
                            RowPrefetch<Real>& prefetch,
-                           Vector<Real> (&reads)[kChunk][kPanelVectors]) {
+                           Vector<Real> (&reads)[kRows][kPanelVectors]) {
   const Tag<Real> d;
   constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
-  Vector<Real> sum[kChunk][kPanelVectors];
+  constexpr int kCount = static_cast<int>(kRows);
+  Vector<Real> sum[kCount][kPanelVectors];
 #pragma GCC unroll 8
-  for (int i = 0; i < kChunk; ++i) {
+  for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = hn::Zero(d);
   }
@@ -241,7 +242,7 @@ HWY_INLINE void read_state(const Real* HWY_RESTRICT state, std::int64_t state_st
 #pragma GCC unroll 2
     for (int j = 0; j < kPanelVectors; ++j) row[j] = hn::LoadU(d, state + j * kLanes);
 #pragma GCC unroll 8
-    for (int i = 0; i < kChunk; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const auto x = hn::Set(d, rows[i * kRowStride<Real> + r]);
 #pragma GCC unroll 2
       for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = hn::MulAdd(x, row[j], sum[i][j]);
@@ -256,23 +257,24 @@ HWY_INLINE void read_state(const Real* HWY_RESTRICT state, std::int64_t state_st
   }
   if (r < keys) add_row(r);
 #pragma GCC unroll 8
-  for (int i = 0; i < kChunk; ++i) {
+  for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kPanelVectors; ++j) reads[i][j] = sum[i][j];
   }
 }
 
-/// S ← D S + Σ_i k_i w_iᵀ over the first `kTokens` packed rows; `decay(r)` is row r of D, a vector
-/// of equal numbers.
-template <int kTokens = kChunk, class Real, class Decay>
+/// S ← D S + Σ_i k_i w_iᵀ over packed rows k_i, a chunk's or fewer; `decay(r, row)` is row r of
+/// D S.
+template <std::size_t kRows, class Real, class Decay>
 HWY_INLINE void write_state(Real* HWY_RESTRICT state, std::int64_t state_stride,
                             const Real* HWY_RESTRICT rows, std::int64_t keys, const Decay& decay,
-                            const Vector<Real> (&writes)[kChunk][kPanelVectors]) {
+                            const Vector<Real> (&writes)[kRows][kPanelVectors]) {
   const Tag<Real> d;
   constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
-  Vector<Real> w[kTokens][kPanelVectors];
+  constexpr int kCount = static_cast<int>(kRows);
+  Vector<Real> w[kCount][kPanelVectors];
 #pragma GCC unroll 8
-  for (int i = 0; i < kTokens; ++i) {
+  for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kPanelVectors; ++j) w[i][j] = writes[i][j];
   }
@@ -283,7 +285,7 @@ HWY_INLINE void write_state(Real* HWY_RESTRICT state, std::int64_t state_stride,
       row[j] = decay(r, hn::LoadU(d, state + j * kLanes));
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kTokens; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const auto x = hn::Set(d, rows[i * kRowStride<Real> + r]);
 #pragma GCC unroll 2
       for (int j = 0; j < kPanelVectors; ++j) row[j] = hn::MulAdd(x, w[i][j], row[j]);

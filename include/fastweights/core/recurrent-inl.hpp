@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "fastweights/core/chunkwise-inl.hpp"
@@ -101,56 +102,56 @@ void step_token(const Token<Real>& token, std::int64_t keys, std::int64_t values
 template <class Real>
 struct FewTokens {
   FewTokens() : rows(static_cast<std::size_t>(2 * kFew * kRowStride<Real>)) {}
-  AlignedBuffer<Real> rows;  // [2 kFew, kRowStride]: keys, then queries
+  std::int64_t count = 0;
+  AlignedBuffer<Real> rows;  // [2 count, kRowStride]: keys, then queries
   ChunkCoefficients<Real> coefficients;
 };
 
-/// Packs tokens [begin, begin + count) of a head; missing ones leave the state alone.
-template <class Real>
+/// Packs `kTokens` tokens of a head, from token `begin` of its sequence on.
+template <int kTokens, class Real>
 void pack_few(const RuleParams<Real>& params, const Head& head, std::int64_t begin,
-              std::int64_t count, FewTokens<Real>& few) {
+              FewTokens<Real>& few) {
   const std::int64_t padded =
       round_up(params.shape.K, static_cast<std::int64_t>(hn::MaxLanes(Tag<Real>())));
   const auto scale = static_cast<Real>(params.scale);
   auto& c = few.coefficients;
-  Real decay[kChunk];
-  std::fill(decay, decay + kChunk, Real{1});
-  for (int i = 0; i < kFew; ++i) {
+  Real decay[kTokens];
+  for (int i = 0; i < kTokens; ++i) {
     const std::int64_t token = head.sequence.begin + begin + i;
-    const bool present = i < count;
     Real* key = few.rows.data() + i * kRowStride<Real>;
-    pack_feature_row(params, params.k, Real{1}, head, token, present, padded, key);
-    pack_feature_row(params, params.q, scale, head, token, present, padded,
-                     key + kFew * kRowStride<Real>);
-    c.beta[i] = present ? load_gate<Real>(params.beta, head, token) : Real{0};
-    if (present) decay[i] = decay_of(params, head, token);
+    load_feature_row(params, params.k, Real{1}, head, token, padded, key);
+    load_feature_row(params, params.q, scale, head, token, padded,
+                     key + kTokens * kRowStride<Real>);
+    c.beta[i] = load_gate<Real>(params.beta, head, token);
+    decay[i] = decay_of(params, head, token);
   }
-  for (int j = 0; j < kFew; ++j) {
+  for (int j = 0; j < kTokens; ++j) {
     Vector<Real> sums[2 * kFew];
     alignas(64) Real dots[2 * kFew];
-    add_dots<2 * kFew>(few.rows.data() + j * kRowStride<Real>, few.rows.data(), padded, sums);
+    std::fill(sums, sums + 2 * kFew, hn::Zero(Tag<Real>()));
+    add_dots<2 * kTokens>(few.rows.data() + j * kRowStride<Real>, few.rows.data(), padded, sums);
     sum_each(Tag<Real>(), sums, 2 * kFew, dots);
-    for (int i = j; i < kFew; ++i) {
+    for (int i = j; i < kTokens; ++i) {
       c.kk[i][j] = dots[i];
-      c.qk[i][j] = dots[kFew + i];
+      c.qk[i][j] = dots[kTokens + i];
     }
   }
-  decay_pairs<kFew>(decay, c);
+  decay_pairs<kTokens>(decay, c);
+  few.count = kTokens;
 }
 
-/// A few tokens on one panel of the state, whose rows are `state_stride` apart.
-template <class Real>
+/// `kTokens` tokens on one panel of the state, whose rows are `state_stride` apart.
+template <int kTokens, class Real>
 HWY_INLINE void step_few(const FewTokens<Real>& few, std::int64_t keys, const ChunkRows<Real>& rows,
                          Real* state, std::int64_t state_stride, RowPrefetch<Real>& prefetch) {
-  static_assert(2 * kFew == kChunk);
   const Tag<Real> d;
   constexpr std::int64_t kLanes = kPanel<Real> / kPanelVectors;
   const auto& c = few.coefficients;
-  Vector<Real> reads[kChunk][kPanelVectors];  // of the keys, of the queries
-  Vector<Real> writes[kChunk][kPanelVectors];
+  Vector<Real> reads[2 * kTokens][kPanelVectors];  // of the keys, of the queries
+  Vector<Real> writes[kTokens][kPanelVectors];
   read_state(state, state_stride, few.rows.data(), keys, prefetch, reads);
 #pragma GCC unroll 4
-  for (int i = 0; i < kFew; ++i) {
+  for (int i = 0; i < kTokens; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kPanelVectors; ++j) {
       const auto value = hn::LoadU(d, rows.values + i * rows.value_stride + j * kLanes);
@@ -160,7 +161,7 @@ HWY_INLINE void step_few(const FewTokens<Real>& few, std::int64_t keys, const Ch
         error = hn::NegMulAdd(hn::Set(d, c.kk[i][before]), writes[before][j], error);
       }
       writes[i][j] = hn::Mul(hn::Set(d, c.beta[i]), error);
-      auto output = hn::Mul(hn::Set(d, c.from_start[i]), reads[kFew + i][j]);
+      auto output = hn::Mul(hn::Set(d, c.from_start[i]), reads[kTokens + i][j]);
 #pragma GCC unroll 4
       for (int before = 0; before <= i; ++before) {
         output = hn::MulAdd(hn::Set(d, c.qk[i][before]), writes[before][j], output);
@@ -169,7 +170,7 @@ HWY_INLINE void step_few(const FewTokens<Real>& few, std::int64_t keys, const Ch
     }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < kFew; ++i) {
+  for (int i = 0; i < kTokens; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kPanelVectors; ++j) {
       writes[i][j] = hn::Mul(hn::Set(d, c.to_end[i]), writes[i][j]);
@@ -178,7 +179,19 @@ HWY_INLINE void step_few(const FewTokens<Real>& few, std::int64_t keys, const Ch
   const auto factor = hn::Set(d, c.factor);
   const auto decay = [factor](std::int64_t, Vector<Real> row)
                          HWY_ATTR { return hn::Mul(factor, row); };
-  write_state<kFew>(state, state_stride, few.rows.data(), keys, decay, writes);
+  write_state(state, state_stride, few.rows.data(), keys, decay, writes);
+}
+
+/// Calls `visit` with the constant that `count` is, in [1, kFew].
+template <class Visit>
+HWY_INLINE void with_count(std::int64_t count, const Visit& visit) {
+  static_assert(kFew == 4);
+  switch (count) {
+    case 1: return visit(std::integral_constant<int, 1>());
+    case 2: return visit(std::integral_constant<int, 2>());
+    case 3: return visit(std::integral_constant<int, 3>());
+    default: return visit(std::integral_constant<int, 4>());
+  }
 }
 
 /// Walks one head's sequence a few tokens at a time: the state crosses the caches once for every
@@ -194,19 +207,24 @@ void walk_in_place(const RuleParams<Real>& params, const Head& head, Real* state
       static_cast<std::size_t>(std::min(kGroups, (length + kFew - 1) / kFew)));
   for (std::int64_t begin = 0; begin < length; begin += kBlock) {
     const std::int64_t count = std::min(kBlock, length - begin);
+    // Of about the same size: a group of one costs nearly as much as one of two.
+    const std::int64_t groups = (count + kFew - 1) / kFew;
+    const auto first_of = [&](std::int64_t i) { return i * count / groups; };
     rows.load(params, head, begin, count);
-    for (std::int64_t i = 0; i * kFew < count; ++i) {
-      pack_few(params, head, begin + i * kFew, std::min<std::int64_t>(kFew, count - i * kFew),
-               few[static_cast<std::size_t>(i)]);
+    for (std::int64_t i = 0; i < groups; ++i) {
+      with_count(first_of(i + 1) - first_of(i), [&](auto tokens) {
+        pack_few<tokens>(params, head, begin + first_of(i), few[static_cast<std::size_t>(i)]);
+      });
     }
     for (std::int64_t column = 0; column < shape.V; column += kPanel<Real>) {
-      for (std::int64_t i = 0; i * kFew < count; ++i) {
-        const std::int64_t token = i * kFew;
-        step_few(
-            few[static_cast<std::size_t>(i)], shape.K,
-            ChunkRows<Real>{rows.values + token * rows.value_stride + column, rows.value_stride,
-                            rows.outputs + token * rows.output_stride + column, rows.output_stride},
-            state + column, shape.V, prefetch);
+      for (std::int64_t i = 0; i < groups; ++i) {
+        const FewTokens<Real>& group = few[static_cast<std::size_t>(i)];
+        const ChunkRows<Real> chunk{
+            rows.values + first_of(i) * rows.value_stride + column, rows.value_stride,
+            rows.outputs + first_of(i) * rows.output_stride + column, rows.output_stride};
+        with_count(group.count, [&](auto tokens) HWY_ATTR {
+          step_few<tokens>(group, shape.K, chunk, state + column, shape.V, prefetch);
+        });
       }
     }
     rows.store(params, head, begin, count, 0, shape.V);
