@@ -344,8 +344,9 @@ template <class Real>
 double differentiate_state(const Real* state, bool settle, BackwardScratch<Real>& s) {
   constexpr std::int64_t C = kBackwardChunk;
   double kept = 0;
-  for (std::int64_t row = 0; row < s.state_size; row += kPanel<Real>) {
-    kept += dot(s.d_state.data() + row, state + row, kPanel<Real>);
+  const std::int64_t panel = s.shape.K * kPanel<Real>;
+  for (std::int64_t begin = 0; begin < s.state_size; begin += panel) {
+    kept += dot(s.d_state.data() + begin, state + begin, panel);
   }
   const double whole = std::exp(s.log_decay);
   kept *= whole * s.pending.scale();

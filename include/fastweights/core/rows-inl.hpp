@@ -121,11 +121,21 @@ template <class Real>
 Real dot(const Real* HWY_RESTRICT a, const Real* HWY_RESTRICT b, std::int64_t size) {
   const hn::ScalableTag<Real> d;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
-  auto sum = hn::Zero(d);
+  hn::Vec<decltype(d)> sums[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) sums[j] = hn::Zero(d);
   std::int64_t i = 0;
-  for (; i + lanes <= size; i += lanes) {
-    sum = hn::MulAdd(hn::LoadU(d, a + i), hn::LoadU(d, b + i), sum);
+  for (; i + 4 * lanes <= size; i += 4 * lanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      sums[j] =
+          hn::MulAdd(hn::LoadU(d, a + i + j * lanes), hn::LoadU(d, b + i + j * lanes), sums[j]);
+    }
   }
+  for (; i + lanes <= size; i += lanes) {
+    sums[0] = hn::MulAdd(hn::LoadU(d, a + i), hn::LoadU(d, b + i), sums[0]);
+  }
+  const auto sum = hn::Add(hn::Add(sums[0], sums[1]), hn::Add(sums[2], sums[3]));
   Real total = hn::GetLane(hn::SumOfLanes(d, sum));
   for (; i < size; ++i) total += a[i] * b[i];
   return total;
