@@ -1,22 +1,25 @@
 """What the exact store gains and costs, beside a model that was never trained with one.
 
-Three measurements with the model that ships; each is stored beside the others, and the plot shows
+Four measurements with the model that ships; each is stored beside the others, and the plot shows
 what there is:
 
 - `works`: bits per byte of each held-out work, read from its start to its end: the model alone,
   with the longest match, with the nearest neighbours, with both; the same behind the memory at the
   head (`ops.fast_head`). PPMd's figures (benchmarks/tasks/ppmd_baseline.py) stand beside them.
 - `repeats`: passages of 192 bytes that come again after 256 … 1,000,000 bytes of other text.
+- `earlier`: each work again, by stores that read a million bytes of other plays before, or
+  nothing, with and without `recency`.
 - `speed`: time per byte of reading and of predicting one byte, by how much was read.
 
 Needs data/plays (scripts/fetch-texts). Run from the project's root:
 
-    python benchmarks/tasks/exact_store.py works repeats speed
+    python benchmarks/tasks/exact_store.py works repeats earlier speed
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -51,6 +54,8 @@ PASSAGES = 8  # for each distance
 DISTANCES = (256, 1024, 4096, 16384, 65536, 262144, 1_000_000)
 SPEED_STEP = 16384
 SPEED_BYTES = 131072
+EARLIER_BYTES = 1_000_000  # of other plays, that a store has read before
+RECENCIES = (0.0, 0.5)
 Row = dict[str, Any]
 
 ALL_KEYS = 16 << 20  # bytes: a work's keys all stay
@@ -166,6 +171,44 @@ def works(model: nn.LanguageModel, data: Path) -> list[Row]:
             }
             rows.append(row)
             print("{work:22} {variant:18} {bits_per_byte:.4f}".format(**row))
+    return rows
+
+
+def earlier(model: nn.LanguageModel, data: Path) -> list[Row]:
+    """Bits per byte of each held-out work by stores that read other plays before, or nothing.
+
+    All keys stay. The model starts anew with each text.
+    """
+    width, vocabulary = model.config.width, model.config.vocabulary_size
+    other = b"".join(read_works(data / "train").values())[:EARLIER_BYTES]
+    stores: dict[tuple[int, float], ExactStore] = {}
+    for recency in RECENCIES:
+        for read in (0, len(other)):
+            stores[read, recency] = ExactStore(
+                width, vocabulary, neighbour_bytes=1 << 30, recency=recency
+            )
+    for piece in read_pieces(model, other, with_head=False):
+        for (read, _), store in stores.items():
+            if read:
+                store.read(piece.tokens, piece.hidden, piece.logits)
+    rows = []
+    for work, text in read_works(data / "held_out").items():
+        copies = {key: copy.copy(store) for key, store in stores.items()}
+        bits: dict[tuple[int, float], list[Tensor]] = {key: [] for key in copies}
+        for piece in read_pieces(model, text, with_head=False):
+            for key, store in copies.items():
+                log_p = store.read(piece.tokens, piece.hidden, piece.logits)
+                bits[key].append(bits_of(log_p, piece.tokens))
+        for (read, recency), each in bits.items():
+            row: Row = {
+                "kind": "earlier",
+                "work": work,
+                "recency": recency,
+                "bytes_before": read,
+                "bits_per_byte": round(torch.cat(each).mean().item(), 4),
+            }
+            rows.append(row)
+            print("{work:22} {recency} {bytes_before:8} {bits_per_byte}".format(**row))
     return rows
 
 
@@ -309,8 +352,8 @@ def plot(rows: list[Row], path: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Gains and costs of the exact store")
-    measurements = {"works": works, "repeats": repeats, "speed": speed}
-    kinds = {"works": "work", "repeats": "repeat", "speed": "speed"}
+    measurements = {"works": works, "repeats": repeats, "earlier": earlier, "speed": speed}
+    kinds = {"works": "work", "repeats": "repeat", "earlier": "earlier", "speed": "speed"}
     parser.add_argument("measurements", nargs="+", choices=list(measurements))
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "reader")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "plays")

@@ -45,7 +45,7 @@ class LanguageModel:
     def parameter_count(self) -> int: ...
     def state_bytes(self, batch: int = ...) -> int: ...
 
-_StoreFields = tuple[int, int, int, int, int, int, float, float, int]
+_StoreFields = tuple[int, int, int, int, int, int, float, float, float, int]
 
 class ExactStoreCheckpoint:
     @property

@@ -19,7 +19,8 @@ class ExactStoreOptions(NamedTuple):
     longest: int = 64  # agreement is measured up to so many tokens
     candidates: int = 16  # matches that vote, the most recent ones
     neighbours: int = 128  # neighbours that vote
-    temperature: float = 0.033  # a neighbour counts exp(cosine / temperature)
+    temperature: float = 0.033  # a neighbour counts exp(cosine / temperature) · age^−recency,
+    recency: float = 0.5  # where it came `age` entries ago; 0: all ages are alike
     rate: float = 0.02  # least step by which the weights of the mixture move
     seed: int = 0  # of the random projection of hidden states to keys
 
@@ -49,6 +50,7 @@ class ExactStore:
         candidates: int = 16,
         neighbours: int = 128,
         temperature: float = 0.033,
+        recency: float = 0.5,
         rate: float = 0.02,
         seed: int = 0,
     ) -> None:
@@ -63,7 +65,10 @@ class ExactStore:
             longest: agreement is measured up to so many tokens.
             candidates: matches that vote, the most recent ones.
             neighbours: neighbours that vote.
-            temperature: a neighbour counts exp(cosine / temperature).
+            temperature: a neighbour that came `age` entries ago counts
+                exp(cosine / temperature) · age^−recency.
+            recency: see there; what was said lately is more likely to be said again. 0: all ages
+                are alike.
             rate: least step by which the weights of the mixture move.
             seed: of the random projection of hidden states to keys.
 
@@ -81,6 +86,7 @@ class ExactStore:
                 candidates,
                 neighbours,
                 temperature,
+                recency,
                 rate,
                 seed,
             ),

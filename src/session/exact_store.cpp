@@ -209,6 +209,10 @@ ExactStore::ExactStore(std::int64_t hidden_size, std::int64_t vocabulary_size,
     throw Error("exact_store: temperature must be positive and finite, got " +
                 std::to_string(options.temperature));
   }
+  if (!(options.recency >= 0.0) || !std::isfinite(options.recency)) {
+    throw Error("exact_store: recency must be at least 0 and finite, got " +
+                std::to_string(options.recency));
+  }
   if (!(options.rate > 0.0 && options.rate <= 1.0)) {
     throw Error("exact_store: rate must be in (0, 1], got " + std::to_string(options.rate));
   }
@@ -227,7 +231,9 @@ void ExactStore::add_matches(Recall& recall) const {
   recall.match = gathered(votes);
 }
 
-void ExactStore::add_neighbours(Recall& recall, std::span<const Neighbour> found) const {
+/// Neighbours among the first `end` entries.
+void ExactStore::add_neighbours(Recall& recall, std::span<const Neighbour> found,
+                                std::int64_t end) const {
   if (found.empty()) return;
   const auto cosine = [](const Neighbour& neighbour) {
     return static_cast<double>(neighbour.product) / NearestNeighbours::kScale;
@@ -236,8 +242,9 @@ void ExactStore::add_neighbours(Recall& recall, std::span<const Neighbour> found
   std::vector<Vote> votes;
   for (const Neighbour& neighbour : found) {
     const double distance = cosine(neighbour) - recall.similarity;
-    votes.push_back(
-        {neighbours_.token(neighbour.entry), std::exp(distance / options_.temperature)});
+    const double log_age = std::log(static_cast<double>(end - neighbour.entry));
+    votes.push_back({neighbours_.token(neighbour.entry),
+                     std::exp(distance / options_.temperature - options_.recency * log_age)});
   }
   recall.neighbours = gathered(votes);
 }
@@ -253,7 +260,7 @@ Recall ExactStore::recall(std::span<const float> hidden, const core::Executor& e
   NeighbourKeys keys = neighbours_.make_keys(hidden, executor);
   if (keys.usable[0] == 0) return recall;
   const std::array<std::int64_t, 1> ends = {neighbours_.size()};
-  add_neighbours(recall, neighbours_.find(keys.numbers, ends, executor)[0]);
+  add_neighbours(recall, neighbours_.find(keys.numbers, ends, executor)[0], ends[0]);
   recall.key = std::move(keys.numbers);
   return recall;
 }
@@ -394,9 +401,9 @@ void ExactStore::read_part(const Batch& batch, std::span<float> out,
   };
   NeighbourKeys keys;
   std::vector<std::vector<Neighbour>> found(count);
+  std::vector<std::int64_t> ends(count);
   if (options_.neighbours.bytes > 0) {
     keys = neighbours_.make_keys(batch.hidden, executor);
-    std::vector<std::int64_t> ends(count);
     for (std::size_t t = 0; t < count; ++t) {
       ends[t] = neighbours_.size();
       if (keys.usable[t] != 0 && kept(t)) {
@@ -417,7 +424,7 @@ void ExactStore::read_part(const Batch& batch, std::span<float> out,
     const auto logits = batch.logits.subspan(t * vocabulary, vocabulary);
     Recall recall;
     add_matches(recall);
-    if (!keys.usable.empty() && keys.usable[t] != 0) add_neighbours(recall, found[t]);
+    if (!keys.usable.empty() && keys.usable[t] != 0) add_neighbours(recall, found[t], ends[t]);
     if (!out.empty()) mix(recall, logits, log_sums[t], out.subspan(t * vocabulary, vocabulary));
     if (kept(t)) learn(batch.tokens[t], recall, logits, log_sums[t]);
     if (options_.match.bytes > 0) match_.append(batch.tokens[t], kept(t));
@@ -462,7 +469,7 @@ std::vector<StoredTensor> ExactStore::tensors() const {
       options_.match.candidates, options_.match.bytes,
       options_.neighbours.count, static_cast<std::int64_t>(options_.neighbours.seed),
       options_.neighbours.bytes};
-  const std::array<double, 2> numbers = {options_.temperature, options_.rate};
+  const std::array<double, 3> numbers = {options_.temperature, options_.rate, options_.recency};
   const std::array<std::int64_t, 5> sizes = {hidden_size(), vocabulary_size_, size_, match_.begin(),
                                              neighbours_.begin()};
   std::vector<std::uint8_t> text;
@@ -479,7 +486,7 @@ std::vector<StoredTensor> ExactStore::tensors() const {
   using io::ScalarType;
   return {
       stored<std::int64_t>("store.options", ScalarType::I64, {1, kOptionFields}, options),
-      stored<double>("store.temperature", ScalarType::F64, {1, 2}, numbers),
+      stored<double>("store.temperature", ScalarType::F64, {1, 3}, numbers),
       stored<std::int64_t>("store.sizes", ScalarType::I64, {1, 5}, sizes),
       stored<std::uint8_t>("store.text", ScalarType::U8, rows(text.size(), width), text),
       stored<std::int64_t>("store.skipped", ScalarType::I64, rows(skipped.size(), 2), skipped),
@@ -494,15 +501,27 @@ namespace {
 
 using Tensors = std::span<const io::TensorData>;
 
+/// Temperature, rate and recency. Stores of before the last of them have two numbers: all ages
+/// counted alike.
+std::vector<double> taken_numbers(Tensors tensors) {
+  constexpr const char* kName = "store.temperature";
+  const auto found = std::ranges::find(tensors, kName, &io::TensorData::name);
+  const bool old = found != tensors.end() && found->shape == std::vector<std::int64_t>{1, 2};
+  auto numbers = taken_rows<double>(tensors, kName, io::ScalarType::F64, 1, old ? 2 : 3);
+  numbers.resize(3, 0.0);
+  return numbers;
+}
+
 ExactStoreOptions taken_options(Tensors tensors) {
   const auto fields =
       taken_rows<std::int64_t>(tensors, "store.options", io::ScalarType::I64, 1, kOptionFields);
-  const auto numbers = taken_rows<double>(tensors, "store.temperature", io::ScalarType::F64, 1, 2);
+  const std::vector<double> numbers = taken_numbers(tensors);
   ExactStoreOptions options;
   options.match = {fields[0], fields[1], fields[2], fields[3]};
   options.neighbours = {fields[4], static_cast<std::uint64_t>(fields[5]), fields[6]};
   options.temperature = numbers[0];
   options.rate = numbers[1];
+  options.recency = numbers[2];
   return options;
 }
 

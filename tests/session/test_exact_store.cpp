@@ -365,6 +365,7 @@ TEST_CASE("numbers of a stored store that mean nothing are refused", "[exact_sto
   refused("store.temperature", 0, 0.0);
   refused("store.temperature", 0, std::numeric_limits<double>::quiet_NaN());
   refused("store.temperature", 1, 2.0);
+  refused("store.temperature", 2, -1.0);
   refused("store.text", 5, static_cast<std::uint8_t>(kVocabulary));
   refused("store.values", 5, static_cast<std::uint8_t>(255));
   refused("store.keys", 100, std::int8_t{-128});
@@ -422,6 +423,50 @@ TEST_CASE("a batch whose sizes do not agree is refused, and nothing is appended"
   CHECK_THROWS_AS(store.mix({}, cut(batch.logits), out), ShapeError);
 }
 
+TEST_CASE("of equal neighbours the recent ones count more", "[exact_store]") {
+  for (const double recency : {0.0, 0.5, 1.0}) {
+    ExactStoreOptions options = small_options();
+    options.recency = recency;
+    ExactStore store(kHidden, kVocabulary, options);
+    const std::vector<float> logits(kVocabulary, 0.0f);
+    const auto meaning = [](std::size_t what) {
+      std::vector<float> hidden(kHidden, 0.0f);
+      hidden[what] = 1.0f;
+      return hidden;
+    };
+    const auto append = [&](std::int64_t token, std::size_t what) {
+      store.append(token, store.recall(meaning(what), serial_executor()), logits, 1.0f);
+    };
+    append(1, 0);
+    for (int i = 0; i < 98; ++i) append(2, 1);
+    append(3, 0);
+    double old = 0.0;
+    double recent = 0.0;
+    for (const auto& vote : store.recall(meaning(0), serial_executor()).neighbours) {
+      if (vote.token == 1) old = vote.probability;
+      if (vote.token == 3) recent = vote.probability;
+    }
+    CHECK(std::abs(recent / old - std::pow(100.0, recency)) < 1e-9 * recent / old);
+  }
+}
+
+TEST_CASE("a store from before recency counts all ages alike", "[exact_store]") {
+  const Stream stream(600);
+  ExactStoreOptions options = small_options();
+  options.recency = 0.0;
+  ExactStore store(kHidden, kVocabulary, options);
+  read(store, stream, 0, 500, 100);
+  auto tensors = store.tensors();
+  const auto numbers = std::ranges::find(tensors, "store.temperature", &StoredTensor::name);
+  REQUIRE(numbers->shape == std::vector<std::int64_t>{1, 3});
+  numbers->shape[1] = 2;
+  numbers->bytes.resize(16);
+  ExactStore before = ExactStore::from_tensors(kHidden, kVocabulary, views(tensors));
+  CHECK(before.options().recency == 0.0);
+  CHECK(same(before, store));
+  CHECK(same_bits(read(before, stream, 500, 600, 7), read(store, stream, 500, 600, 7)));
+}
+
 TEST_CASE("options of a store out of range are refused", "[exact_store]") {
   const auto refused = [](auto change) {
     ExactStoreOptions options;
@@ -430,6 +475,8 @@ TEST_CASE("options of a store out of range are refused", "[exact_store]") {
   };
   refused([](ExactStoreOptions& o) { o.temperature = 0.0; });
   refused([](ExactStoreOptions& o) { o.temperature = INFINITY; });
+  refused([](ExactStoreOptions& o) { o.recency = -0.1; });
+  refused([](ExactStoreOptions& o) { o.recency = INFINITY; });
   refused([](ExactStoreOptions& o) { o.rate = 0.0; });
   refused([](ExactStoreOptions& o) { o.rate = 1.5; });
   refused([](ExactStoreOptions& o) { o.match.shortest = 0; });

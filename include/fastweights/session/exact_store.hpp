@@ -22,8 +22,10 @@ struct ExactStoreOptions {
   LongestMatchOptions match = {};
   /// `neighbours.bytes` = 0: no nearest neighbours.
   NearestNeighboursOptions neighbours = {};
-  /// A neighbour counts exp(cosine / temperature).
+  /// A neighbour that came `age` entries ago counts exp(cosine / temperature) · age^−recency: what
+  /// was said lately is more likely to be said again. 0: all ages are alike.
   double temperature = 0.033;
+  double recency = 0.5;
   /// Least step by which the weights of the mixture move, in (0, 1].
   double rate = 0.02;
 };
@@ -163,7 +165,7 @@ class ExactStore {
   using Buckets = std::array<std::size_t, 2>;
 
   void add_matches(Recall& recall) const;
-  void add_neighbours(Recall& recall, std::span<const Neighbour> found) const;
+  void add_neighbours(Recall& recall, std::span<const Neighbour> found, std::int64_t end) const;
   Buckets buckets(const Recall& recall, std::span<const float> logits, float log_sum) const;
   void mix(const Recall& recall, std::span<const float> logits, float log_sum,
            std::span<float> out) const;
