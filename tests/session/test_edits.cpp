@@ -436,15 +436,17 @@ TEST_CASE("after revoke a session never read the span", "[edits]") {
   const auto between = session.mark();
   session.read(b);
   const auto end = session.mark();
-  for (const auto& [from, to] : {std::pair{0, 1},
-                                 {10, 20},
-                                 {16, 32},
-                                 {0, 50},
-                                 {40, 60},
-                                 {50, 95},
-                                 {94, 95},
-                                 {0, 95},
-                                 {30, 30}}) {
+  for (const auto& span : {std::pair{0, 1},
+                           {10, 20},
+                           {16, 32},
+                           {0, 50},
+                           {40, 60},
+                           {50, 95},
+                           {94, 95},
+                           {0, 95},
+                           {30, 30}}) {
+    const int from = span.first;  // clang 14 does not let a lambda have a structured binding
+    const int to = span.second;
     INFO("[" << from << ", " << to << ")");
     Session revoked = session;
     revoked.revoke(from, to);
