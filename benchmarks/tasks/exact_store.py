@@ -117,7 +117,13 @@ def bits_of(log_p: Tensor, tokens: Tensor) -> Tensor:
 class Reader:
     """One variant on its way through a text."""
 
-    def __init__(self, name: str, config: nn.LanguageModelConfig, neighbour_bytes: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: nn.LanguageModelConfig,
+        neighbour_bytes: int,
+        recency: float = 0.5,
+    ) -> None:
         self._head, match, neighbours = VARIANTS[name]
         self.store: ExactStore | None = None
         if match or neighbours:
@@ -126,6 +132,7 @@ class Reader:
                 config.vocabulary_size,
                 text_bytes=(32 << 20) * match,
                 neighbour_bytes=neighbour_bytes * neighbours,
+                recency=recency,
             )
         self.bits: list[Tensor] = []
 
@@ -137,6 +144,12 @@ class Reader:
         else:
             log_p = self.store.read(piece.tokens, piece.hidden, logits)
         self.bits.append(bits_of(log_p, piece.tokens))
+
+    def with_its_store(self) -> Reader:
+        """One that has read the same, and keeps the bits of what it reads from here on."""
+        reader = copy.copy(self)
+        reader.store, reader.bits = copy.copy(self.store), []
+        return reader
 
 
 def read_all(
@@ -179,33 +192,29 @@ def earlier(model: nn.LanguageModel, data: Path) -> list[Row]:
 
     All keys stay. The model starts anew with each text.
     """
-    width, vocabulary = model.config.width, model.config.vocabulary_size
     other = b"".join(read_works(data / "train").values())[:EARLIER_BYTES]
-    stores: dict[tuple[int, float], ExactStore] = {}
-    for recency in RECENCIES:
-        for read in (0, len(other)):
-            stores[read, recency] = ExactStore(
-                width, vocabulary, neighbour_bytes=1 << 30, recency=recency
-            )
+    readers = {
+        (read, recency): Reader("+ both", model.config, 1 << 30, recency)
+        for recency in RECENCIES
+        for read in (0, len(other))
+    }
     for piece in read_pieces(model, other, with_head=False):
-        for (read, _), store in stores.items():
+        for (read, _), reader in readers.items():
             if read:
-                store.read(piece.tokens, piece.hidden, piece.logits)
+                reader.read(piece)
     rows = []
     for work, text in read_works(data / "held_out").items():
-        copies = {key: copy.copy(store) for key, store in stores.items()}
-        bits: dict[tuple[int, float], list[Tensor]] = {key: [] for key in copies}
+        copies = {key: reader.with_its_store() for key, reader in readers.items()}
         for piece in read_pieces(model, text, with_head=False):
-            for key, store in copies.items():
-                log_p = store.read(piece.tokens, piece.hidden, piece.logits)
-                bits[key].append(bits_of(log_p, piece.tokens))
-        for (read, recency), each in bits.items():
+            for reader in copies.values():
+                reader.read(piece)
+        for (read, recency), reader in copies.items():
             row: Row = {
                 "kind": "earlier",
                 "work": work,
                 "recency": recency,
                 "bytes_before": read,
-                "bits_per_byte": round(torch.cat(each).mean().item(), 4),
+                "bits_per_byte": round(torch.cat(reader.bits).mean().item(), 4),
             }
             rows.append(row)
             print("{work:22} {recency} {bytes_before:8} {bits_per_byte}".format(**row))
