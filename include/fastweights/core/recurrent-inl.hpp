@@ -102,8 +102,7 @@ void step_token(const Token<Real>& token, std::int64_t keys, std::int64_t values
 template <class Real>
 struct FewTokens {
   FewTokens() : rows(static_cast<std::size_t>(2 * kFew * kRowStride<Real>)) {}
-  std::int64_t count = 0;
-  AlignedBuffer<Real> rows;  // [2 count, kRowStride]: keys, then queries
+  AlignedBuffer<Real> rows;  // [2 kFew, kRowStride]: keys, then queries, as many as there are
   ChunkCoefficients<Real> coefficients;
 };
 
@@ -137,7 +136,6 @@ void pack_few(const RuleParams<Real>& params, const Head& head, std::int64_t beg
     }
   }
   decay_pairs<kTokens>(decay, c);
-  few.count = kTokens;
 }
 
 /// `kTokens` tokens on one panel of the state, whose rows are `state_stride` apart.
@@ -210,9 +208,10 @@ void walk_in_place(const RuleParams<Real>& params, const Head& head, Real* state
     // Of about the same size: a group of one costs nearly as much as one of two.
     const std::int64_t groups = (count + kFew - 1) / kFew;
     const auto first_of = [&](std::int64_t i) { return i * count / groups; };
+    const auto size_of_group = [&](std::int64_t i) { return first_of(i + 1) - first_of(i); };
     rows.load(params, head, begin, count);
     for (std::int64_t i = 0; i < groups; ++i) {
-      with_count(first_of(i + 1) - first_of(i), [&](auto tokens) {
+      with_count(size_of_group(i), [&](auto tokens) {
         pack_few<tokens>(params, head, begin + first_of(i), few[static_cast<std::size_t>(i)]);
       });
     }
@@ -222,7 +221,7 @@ void walk_in_place(const RuleParams<Real>& params, const Head& head, Real* state
         const ChunkRows<Real> chunk{
             rows.values + first_of(i) * rows.value_stride + column, rows.value_stride,
             rows.outputs + first_of(i) * rows.output_stride + column, rows.output_stride};
-        with_count(group.count, [&](auto tokens) HWY_ATTR {
+        with_count(size_of_group(i), [&](auto tokens) HWY_ATTR {
           step_few<tokens>(group, shape.K, chunk, state + column, shape.V, prefetch);
         });
       }
