@@ -175,7 +175,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
   }
   const auto [o, next] = rule ? rule({heads.q, heads.k, heads.v, g, rate, memory})
                               : write_and_read(heads, g, rate, memory, params.in_place);
-  const auto y = gated_rms_norm(o, split_heads(gate, params.value_heads), norm_weight, params.eps);
+  const auto y = gated_rms_norm(o.to(heads.v.scalar_type()), split_heads(gate, params.value_heads),
+                                norm_weight, params.eps);
   return {y.flatten(-2), next, heads.convolution_state};
 }
 

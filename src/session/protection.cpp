@@ -6,7 +6,6 @@
 #include <cmath>
 #include <string>
 #include <tuple>
-#include <utility>
 
 #include "fastweights/core/error.hpp"
 #include "fastweights/io/tokenizer.hpp"
@@ -49,8 +48,7 @@ std::vector<at::Tensor> key_moments(const nn::LanguageModelImpl& model, std::str
       at::Tensor& moment = moments[static_cast<std::size_t>(layer)];
       const at::Tensor added = at::matmul(rows.transpose(1, 2), rows);
       moment = moment.defined() ? moment + added : added;
-      auto [o, next] = detail::delta_rule_of_any_keys(unit);
-      return std::make_tuple(o.to(call.v.dtype()), std::move(next));
+      return detail::delta_rule_of_any_keys(unit);
     };
     state = model.forward(tokens.to(model.norm->weight.device()), state, options).state;
   }

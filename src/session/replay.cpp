@@ -147,17 +147,13 @@ std::tuple<at::Tensor, at::Tensor> Replay::run_rule(std::int64_t layer, const Me
                                : delta_rule_of_any_keys(unit);
   };
   const MemoryRuleCall unit = with_unit_keys(call);
-  if (!options_.protection) {
-    auto [o, state] = rule(unit);
-    return {o.to(call.v.dtype()), std::move(state)};
-  }
+  if (!options_.protection) return rule(unit);
   const at::Tensor projector = options_.protection->projectors[index].to(call.state.options());
   const at::Tensor& first = model_.blocks[index]->memory->initial_matrix;
   const at::Tensor kept = first.defined() ? at::matmul(projector, first.to(call.state.dtype()))
                                           : at::zeros_like(call.state[0]);
-  auto [o, state] = protected_rule(unit, {projector, kept, options_.protection->least_free}, rule,
-                                   next.refused_writes);
-  return {o.to(call.v.dtype()), std::move(state)};
+  return protected_rule(unit, {projector, kept, options_.protection->least_free}, rule,
+                        next.refused_writes);
 }
 
 /// Calls the model on tokens of one row; what the session keeps beside the model's state moves on

@@ -36,8 +36,8 @@ struct MemoryRuleCall {
   at::Tensor state;  ///< [B, HV, K, V], not to be written into
 };
 
-/// Another rule in place of the layer's own, for inference: returns o [B, T, HV, V] and the state
-/// after the last token.
+/// Another rule in place of the layer's own, for inference: returns o [B, T, HV, V], of any type,
+/// and the state after the last token.
 using MemoryRule = std::function<std::tuple<at::Tensor, at::Tensor>(const MemoryRuleCall&)>;
 
 /// Everything in a fast-weight memory layer that lies between its projections: short convolution
