@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fill the tables of docs/numerics.md, between their marks, from benchmarks/results/accuracy.json.
+"""Fill the tables of docs/numerics.md, between their marks, from benchmarks/results/accuracy*.json.
 
 benchmarks/numerics/tables.py           write docs/numerics.md
 benchmarks/numerics/tables.py --check   change nothing; fail if docs/numerics.md is out of date
@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "numerics.md"
 RESULT = ROOT / "benchmarks" / "results" / "accuracy.json"
+NARROW = ROOT / "benchmarks" / "results" / "accuracy_narrow_states.json"
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -147,12 +148,30 @@ def oracle_table(rows: list[Row]) -> str:
     return table(["inputs", "o", "state", "gradients", "of gates"], body)
 
 
+def narrow_table(rows: list[Row]) -> str:
+    """A state in bf16: its error along ten thousand tokens, and that of the last outputs."""
+    runs = of_kind(rows, kind="narrow")
+    marks = [f"{tokens:,}" for tokens in runs[0]["tokens"]]
+    body = [
+        [
+            f"`{row['rule']}`",
+            row["regime"],
+            str(row["piece"]),
+            *(short(error) for error in row["state"]),
+            short(row["o"][-1]),
+        ]
+        for row in runs
+    ]
+    return table(["rule", "regime", "tokens a call", *marks, "o at the end"], body)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "rules": rules_table,
     "regimes": regimes_table,
     "denormals": denormals_table,
     "long": long_table,
     "oracle": oracle_table,
+    "narrow": narrow_table,
 }
 
 
@@ -174,7 +193,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
     check: bool = parser.parse_args().check
     old = PAGE.read_text(encoding="utf-8")
-    new = filled(old, json.loads(RESULT.read_text(encoding="utf-8")))
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    result["rows"] += json.loads(NARROW.read_text(encoding="utf-8"))["rows"]
+    new = filled(old, result)
     if new == old:
         print("docs/numerics.md is up to date")
         return

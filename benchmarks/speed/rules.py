@@ -53,7 +53,7 @@ class Case:
     shape: Shape
     threads: int
     kind: str  # "forward", "forward+backward", "decode" or "memory"
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # of the inputs; in decoding that of the state
 
 
 def cases(threads: list[int]) -> Iterator[Case]:
@@ -85,7 +85,11 @@ def cases(threads: list[int]) -> Iterator[Case]:
             yield replace(half, dtype=torch.bfloat16)
         for tokens in (1, 2, 4, 8):
             yield Case("gated_delta_rule", Shape(1, tokens, 16, 128), count, "decode")
-        yield Case("gated_delta_rule", Shape(64, 1, 16, 128), count, "decode")
+        far = Case("gated_delta_rule", Shape(64, 1, 16, 128), count, "decode")
+        yield far
+        for tokens in (1, 4):
+            yield replace(far, shape=Shape(1, tokens, 16, 128), dtype=torch.bfloat16)
+        yield replace(far, dtype=torch.bfloat16)
         yield replace(gated, shape=Shape(1, 1024, 16, 128), kind="memory")
 
 
@@ -208,10 +212,11 @@ def measure_memory(case: Case, samples: int) -> Row:
 
 
 def measure_decoding(case: Case, samples: int) -> Row:
-    """The recurrent form in place, beside a copy of the state."""
+    """The recurrent form in place, beside a copy of the state, which is of the case's type."""
     shape = case.shape
     inputs = Inputs.random(shape)
-    state = torch.zeros(shape.batch, shape.heads, shape.size, shape.size)
+    sizes = (shape.batch, shape.heads, shape.size, shape.size)
+    state = torch.zeros(sizes, dtype=case.dtype)
     target = torch.empty_like(state)
 
     def decode() -> Tensor:
@@ -222,6 +227,8 @@ def measure_decoding(case: Case, samples: int) -> Row:
     times = alternate({"fastweights": decode, "copy": lambda: target.copy_(state)}, samples)
     row = row_of(case, times)
     row["times_of_a_copy"] = 1 / row["peers"]["copy"]["ratio"]
+    if case.dtype != torch.float32:
+        row["state_bytes"] = state.nbytes
     return row
 
 

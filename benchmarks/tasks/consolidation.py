@@ -2,7 +2,9 @@
 
 A session reads the first 60 KB of a text; its model is consolidated, tried on the 16 KB behind
 them. Beside the model before and after stand every share that was tried and a play that both knew
-nothing of. Needs data/plays (scripts/fetch-texts). Run from the project's root:
+nothing of. Two learners: the memories in the blocks and at the head, and the blocks with a
+feed-forward that learns end to end. Needs data/plays (scripts/fetch-texts). Run from the project's
+root:
 
     python benchmarks/tasks/consolidation.py
 """
@@ -27,6 +29,7 @@ from works import read_works
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "consolidation.json"
 LEARNED, TRIAL, START = 60_000, 16_000, 2048
+HEAD, END_TO_END = "blocks and head", "end to end"
 Row = dict[str, Any]
 
 
@@ -40,12 +43,15 @@ def texts(lear: bytes) -> dict[str, tuple[bytes, bytes]]:
     }
 
 
-def rows_of(name: str, learned: bytes, trial: bytes, other: bytes, model: Any) -> list[Row]:
+def rows_of(
+    name: str, learned: bytes, trial: bytes, other: bytes, learner: str, model: Any
+) -> list[Row]:
     """The model before, and what every trial and the model that was chosen come to."""
-    session = Session(model)
+    session = Session(model, end_to_end=learner == END_TO_END)
     session.read(learned)
-    rows = []
+    rows: list[Row] = []
     for guarded in (b"", other):
+        fields = {"text": name, "learner": learner, "guarded": bool(guarded)}
         with tqdm(desc=name, leave=False) as bar:
 
             def show(done: int, total: int, bar: Any = bar) -> None:
@@ -56,8 +62,7 @@ def rows_of(name: str, learned: bytes, trial: bytes, other: bytes, model: Any) -
         for kind, each in (("before", result.before), ("chosen", result.chosen)):
             start = model if kind == "before" else result.model
             row = {
-                "text": name,
-                "guarded": bool(guarded),
+                **fields,
                 "kind": kind,
                 **each._asdict(),
                 "first_2048_bits": Session(start).score(trial[:START]),
@@ -65,14 +70,12 @@ def rows_of(name: str, learned: bytes, trial: bytes, other: bytes, model: Any) -
             }
             rows.append(row)
             print(
-                "{text:30} guarded {guarded!s:5} {kind:6} memory {memory_share} head {head_share} "
-                "protection {protection}: next 2 KB {first_2048_bits:.4f}, 16 KB {trial_bits:.4f}, "
+                "{text:30} {learner:15} guarded {guarded!s:5} {kind:6} memory {memory_share} head "
+                "{head_share} feed-forward {feed_forward_share} protection {protection}: next 2 KB "
+                "{first_2048_bits:.4f}, 16 KB {trial_bits:.4f}, "
                 "other play {other_bits:.4f}".format(**row)
             )
-        rows += [
-            {"text": name, "guarded": bool(guarded), "kind": "trial", **each._asdict()}
-            for each in result.trials
-        ]
+        rows += [{**fields, "kind": "trial", **each._asdict()} for each in result.trials]
     return rows
 
 
@@ -84,11 +87,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     works = read_works(arguments.held_out)
-    model = fastweights.load_model(arguments.model, fast_head=True)
     other = works["richard-iii"][20000:28000]
     rows: list[Row] = []
-    for name, (learned, trial) in texts(works["king-lear"]).items():
-        rows += rows_of(name, learned, trial, other, model)
+    for learner in (HEAD, END_TO_END):
+        model = fastweights.load_model(arguments.model, fast_head=learner == HEAD)
+        for name, (learned, trial) in texts(works["king-lear"]).items():
+            rows += rows_of(name, learned, trial, other, learner, model)
     title = "Consolidation: bits per byte from a fresh session, before and after"
     save_record(arguments.output, Record(title, rows))
 

@@ -4,10 +4,12 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <numbers>
 #include <numeric>
+#include <random>
 #include <utility>
 
 #include "autocast.hpp"
@@ -88,6 +90,15 @@ const typename Map::mapped_type& required(const Map& map, const std::string& key
   const auto found = map.find(key);
   if (found == map.end()) throw fastweights::StateMismatch("checkpoint: no " + key);
   return found->second;
+}
+
+/// Of its own for each part of each step: which worker comes first decides nothing, and a resumed
+/// run draws what an uninterrupted one would.
+at::Generator dropout_generator(std::uint64_t seed, int64_t step, int64_t part) {
+  std::seed_seq sequence{seed, static_cast<std::uint64_t>(step), static_cast<std::uint64_t>(part)};
+  std::array<std::uint32_t, 2> words{};
+  sequence.generate(words.begin(), words.end());
+  return at::detail::createCPUGenerator(std::uint64_t{words[0]} << 32 | words[1]);
 }
 
 double mean(const std::vector<double>& values) {
@@ -225,6 +236,7 @@ double Trainer::backward_part(int worker, int64_t index, const Segment& segment,
     const Autocast autocast(options_.bf16);
     nn::ForwardOptions options;
     if (memory_keep.defined()) options.memory_keep = rows(memory_keep);
+    options.generator = dropout_generator(options_.seed, counters_.step, index);
     result = replicas_[worker].forward(rows(segment.inputs), state, options);
   }
   const at::Tensor loss =

@@ -193,13 +193,14 @@ std::unique_ptr<GuardedSession> rebase(GuardedSession& self, const Model& model,
 
 py::tuple to_tuple(const ConsolidationTrial& trial) {
   return py::make_tuple(trial.memory_share, trial.head_share, trial.protection, trial.trial_bits,
-                        trial.guarded_bits);
+                        trial.guarded_bits, trial.feed_forward_share);
 }
 
 /// (model, before, chosen, trials).
 py::tuple consolidate(GuardedSession& self, const std::string& trial, const std::string& guarded,
-                      double tolerance, bool memory, bool head, const py::object& progress) {
-  const ConsolidationOptions options{trial, guarded, tolerance, memory, head};
+                      double tolerance, bool memory, bool head, bool feed_forward,
+                      std::int64_t rank, const py::object& progress) {
+  const ConsolidationOptions options{trial, guarded, tolerance, memory, head, feed_forward, rank};
   const Consolidation result = self.use([&](Session& session) {
     return fastweights::consolidate(session, options, progress_of(progress));
   });
@@ -290,7 +291,8 @@ void bind_session(py::module_& module) {
           },
           py::arg("path"))
       .def("consolidate", &consolidate, py::arg("trial"), py::arg("guarded"), py::arg("tolerance"),
-           py::arg("memory"), py::arg("head"), py::arg("progress"))
+           py::arg("memory"), py::arg("head"), py::arg("feed_forward"), py::arg("rank"),
+           py::arg("progress"))
       .def("rebase", &rebase, py::arg("model"), py::arg("progress"))
       .def("copy", &copy);
 }

@@ -96,7 +96,7 @@ _WriteFields = tuple[
     int,
     Callable[[bytes, int], bytes] | None,
 ]
-_Trial = tuple[float, float, float, float, float]
+_Trial = tuple[float, float, float, float, float, float]
 
 def protect_keys(
     model: LanguageModel, text: bytes, share: float, most: int, least_free: float
@@ -165,6 +165,8 @@ class Session:
         tolerance: float,
         memory: bool,
         head: bool,
+        feed_forward: bool,
+        rank: int,
         progress: Callable[[int, int], object] | None,
     ) -> tuple[LanguageModel, _Trial, _Trial, list[_Trial]]: ...
     def rebase(

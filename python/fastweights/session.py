@@ -65,9 +65,10 @@ class ConsolidationTrial(NamedTuple):
 
     memory_share: float
     head_share: float
-    protection: float  # how strongly what the head reads in the guarded text is left as it was
+    protection: float  # how strongly what the guarded text is read with is left as it was
     trial_bits: float  # bits per byte of the trial text
     guarded_bits: float  # of the guarded text; 0 if there is none
+    feed_forward_share: float = 0.0
 
 
 class Consolidation(NamedTuple):
@@ -368,13 +369,16 @@ class Session:
         tolerance: float = 0.01,
         memory: bool = True,
         head: bool = True,
+        feed_forward: bool = True,
+        rank: int = 64,
         progress: Progress | None = None,
     ) -> Consolidation:
         """A new model whose memories start from what the session learned (docs/consolidation.md).
 
         The session and its model stay as they are; the new model shares the weights, which do not
-        change, and contains what the session read, as far as its matrices hold it. Several ways are
-        tried; the best on the trial text that keeps within the tolerance on the guarded one is
+        change (but for the two projections of a session that learned end to end, of which it has
+        its own), and contains what the session read, as far as its matrices hold it. Several ways
+        are tried; the best on the trial text that keeps within the tolerance on the guarded one is
         taken.
 
         Args:
@@ -386,6 +390,9 @@ class Session:
             tolerance: bits per byte that the guarded text may cost more.
             memory: consolidate the matrices in the blocks.
             head: and the one at the head, where the model has one.
+            feed_forward: and what the session learned end to end, as a change of the gate and the
+                up projection of the last block's feed-forward.
+            rank: of that change; 0: full.
             progress: called between trials with those done and in all.
 
         Raises:
@@ -393,7 +400,14 @@ class Session:
                 figures, nothing that was tried makes the trial text cheaper within the tolerance.
         """
         native, before, chosen, trials = self._session.consolidate(
-            _to_bytes(trial), _to_bytes(guarded), tolerance, memory, head, progress
+            _to_bytes(trial),
+            _to_bytes(guarded),
+            tolerance,
+            memory,
+            head,
+            feed_forward,
+            rank,
+            progress,
         )
         return Consolidation(
             nn.LanguageModel.from_native(native),

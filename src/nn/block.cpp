@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include "dropout.hpp"
 #include "fastweights/nn/layers.hpp"
 
 namespace fastweights::nn {
@@ -34,11 +35,14 @@ BlockState BlockImpl::initial_state(int64_t batch) const {
 at::Tensor BlockImpl::mix(const at::Tensor& x, const BlockState& state, const at::Tensor& position,
                           const Options& options, BlockState& next) const {
   const auto normed = mixer_norm->forward(x);
+  const auto drop = [&](const at::Tensor& o) {
+    return drop_elements(o, is_training() ? config_.dropout : 0.0, options.generator);
+  };
   auto mixed = x;
   if (attention_enabled && !attention.is_empty()) {
     auto result = attention->forward(normed, state.attention, position, options.in_place);
     next.attention = std::move(result.state);
-    mixed = mixed.addcmul(mix_attention, result.o);
+    mixed = mixed.addcmul(mix_attention, drop(result.o));
   }
   if (memory_enabled && !memory.is_empty()) {
     auto result =
@@ -46,7 +50,7 @@ at::Tensor BlockImpl::mix(const at::Tensor& x, const BlockState& state, const at
     next.memory = std::move(result.state);
     const auto scale =
         options.memory_keep.defined() ? mix_memory * options.memory_keep : mix_memory;
-    mixed = mixed.addcmul(scale, result.o);
+    mixed = mixed.addcmul(scale, drop(result.o));
   }
   return mixed;
 }
@@ -56,7 +60,9 @@ BlockImpl::Output BlockImpl::forward(const at::Tensor& x, const BlockState& stat
   BlockState next = state;
   const auto mixed = mix(x, state, position, options, next);
   if (options.feed_forward != nullptr) return {(*options.feed_forward)(mixed), std::move(next)};
-  return {mixed + feed_forward->forward(feed_forward_norm->forward(mixed)), std::move(next)};
+  const auto o = feed_forward->forward(feed_forward_norm->forward(mixed));
+  const double dropout = is_training() ? config_.dropout : 0.0;
+  return {mixed + drop_elements(o, dropout, options.generator), std::move(next)};
 }
 
 }  // namespace fastweights::nn

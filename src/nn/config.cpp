@@ -47,6 +47,7 @@ void for_each_key(Config& config, Visit&& visit) {
   visit("fast_head_half_life", config.fast_head_half_life);
   visit("fast_head_initial_matrix", config.fast_head_initial_matrix);
   visit("tie_embeddings", config.tie_embeddings);
+  visit("dropout", config.dropout);
   visit("norm_epsilon", config.norm_epsilon);
   visit("initializer_range", config.initializer_range);
 }
@@ -200,6 +201,7 @@ void LanguageModelConfig::validate() const {
   check_range("feed_forward_width", feed_forward_width, 1, kMaxSize);
   check_range("norm_epsilon", norm_epsilon, 0.0, 1.0);
   check_range("initializer_range", initializer_range, 0.0, 10.0);
+  check_range("dropout", dropout, 0.0, 0.99);
   if (!attention && !memory) fail("attention or memory must be true");
   if (attention) check_attention(*this);
   if (memory) check_memory(*this);

@@ -8,6 +8,7 @@
 
 #include <sstream>
 
+#include "dropout.hpp"
 #include "fastweights/core/error.hpp"
 #include "fastweights/ops/fast_head.hpp"
 #include "projection.hpp"
@@ -202,8 +203,11 @@ LanguageModelOutput LanguageModelImpl::forward(const at::Tensor& tokens,
   BlockImpl::Options block_options{
       options.in_place,
       options.memory_keep.defined() ? options.memory_keep : draw_memory_keep(tokens.size(0)),
-      {options.write_strength, options.limited_writes}};
-  auto x = embedding.ptr()->forward(tokens);
+      {options.write_strength, options.limited_writes},
+      {},
+      options.generator};
+  auto x = drop_elements(embedding.ptr()->forward(tokens), is_training() ? config_.dropout : 0.0,
+                         options.generator);
   LanguageModelState next;
   next.blocks.reserve(blocks.size());
   for (std::size_t n = 0; n < blocks.size(); ++n) {

@@ -32,6 +32,17 @@ nn::LanguageModelConfig read_config(const fs::path& folder) {
   }
 }
 
+/// Without the keys that mean nothing to the weights: how training drops, and a head that has none.
+nn::LanguageModelConfig of_weights(nn::LanguageModelConfig config) {
+  config.dropout = config.memory_dropout = 0.0;
+  if (config.fast_head_initial_matrix) return config;
+  const nn::LanguageModelConfig defaults;
+  config.fast_head = defaults.fast_head;
+  config.fast_head_eta = defaults.fast_head_eta;
+  config.fast_head_half_life = defaults.fast_head_half_life;
+  return config;
+}
+
 // Collects what does not fit, so that one message names it all (up to a limit).
 class Mismatches {
  public:
@@ -108,7 +119,7 @@ std::shared_ptr<const nn::LanguageModelImpl> load_model(const fs::path& folder,
 }
 
 void load_weights(const fs::path& folder, nn::LanguageModelImpl& model) {
-  if (read_config(folder) != model.config()) {
+  if (of_weights(read_config(folder)) != of_weights(model.config())) {
     throw StateMismatch((folder / kConfigFile).string() +
                         " is not the configuration of the model that it is read into");
   }

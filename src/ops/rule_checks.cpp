@@ -109,7 +109,8 @@ void check_state(const char* rule, const char* name, const Tensor& state, const 
                  const Tensor& v, const Tensor& cu_seqlens) {
   check_shape(rule, name, state, cu_seqlens.defined() ? "[N, HV, K, V]" : "[B, HV, K, V]",
               state_shape(q, v, cu_seqlens));
-  check_type(rule, name, state, {compute_type(v)});
+  const auto type = compute_type(v);
+  check_type(rule, name, state, {type, type == at::kFloat ? at::kBFloat16 : type});
   check_device(rule, name, state, q);
 }
 

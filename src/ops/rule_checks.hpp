@@ -35,6 +35,7 @@ void check_packing(const char* rule, const at::Tensor& q, const at::Tensor& cu_s
 /// [B, HV, K, V], or [N, HV, K, V] where cu_seqlens is defined.
 std::array<c10::SymInt, 4> state_shape(const at::Tensor& q, const at::Tensor& v,
                                        const at::Tensor& cu_seqlens);
+/// Of the type of the arithmetic; where that is fp32 it may be bf16 too.
 void check_state(const char* rule, const char* name, const at::Tensor& state, const at::Tensor& q,
                  const at::Tensor& v, const at::Tensor& cu_seqlens);
 

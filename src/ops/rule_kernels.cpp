@@ -51,6 +51,14 @@ void check_call_state(const Call& call, const char* name, const Tensor& state) {
   check_state(call.name(), name, state, call.q(), call.v(), call.cu_seqlens);
 }
 
+/// The type of a call's states: what they were given in, else that of the arithmetic.
+at::ScalarType state_type(const Call& call) {
+  for (const auto& state : call.states) {
+    if (state.defined()) return state.scalar_type();
+  }
+  return compute_type(call.v());
+}
+
 /// Throws ShapeError unless shapes, types and devices fit; works on symbolic shapes.
 void check(const Call& call) {
   check_query(call.name(), call.q());
@@ -62,7 +70,9 @@ void check(const Call& call) {
   for (std::size_t i = 0; i < state_count(call.spec()); ++i) {
     const auto& state = call.states[i];
     const char* name = call.in_place ? kStates[i] : kInitialStates[i];
-    if (call.in_place || state.defined()) check_call_state(call, name, state);
+    if (!call.in_place && !state.defined()) continue;
+    check_call_state(call, name, state);
+    check_type(call.name(), name, state, {state_type(call)});
   }
 }
 
@@ -116,14 +126,26 @@ void prepare(Call& call) {
   check_sequences(call);
 }
 
+/// The chunkwise forms take their time over a state: one in bf16 is widened before and rounded
+/// after.
+void widen(Tensor& state) {
+  if (state.defined() && state.scalar_type() == at::kBFloat16) state = state.to(at::kFloat);
+}
+
 template <class Real>
 const Real* data_or_null(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<Real>() : nullptr;
 }
 
+/// Where a recurrent form finds a state.
 template <class Real>
-Real* mutable_data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr<Real>() : nullptr;
+void aim(const Tensor& state, Real*& working, std::uint16_t*& narrow) {
+  if (!state.defined()) return;
+  if (state.scalar_type() == at::kBFloat16) {
+    narrow = reinterpret_cast<std::uint16_t*>(state.mutable_data_ptr<at::BFloat16>());
+  } else {
+    working = state.mutable_data_ptr<Real>();
+  }
 }
 
 /// The kernels' parameters of a prepared call, which keeps the tensors alive.
@@ -146,6 +168,7 @@ core::RuleParams<Real> params_of(const Call& call) {
       p.*kMembers<Real>[call.rule.members[i]].input = const_view(call.inputs[i]);
     }
   }
+  if (state_type(call) == at::kBFloat16) return p;
   p.initial_state = data_or_null<Real>(call.states[0]);
   p.initial_momentum = data_or_null<Real>(call.states[1]);
   return p;
@@ -164,7 +187,7 @@ const core::RuleForms<Real>& forms_of(const Call& call) {
 CallTensors empty_outputs(const Call& call) {
   const auto& v = call.v();
   CallTensors outputs = {at::empty_symint(v.sym_sizes(), v.options())};
-  const auto options = v.options().dtype(compute_type(v));
+  const auto options = v.options().dtype(state_type(call));
   for (std::size_t i = 0; i < state_count(call.spec()); ++i) {
     outputs.push_back(call.output_final_state
                           ? at::empty_symint(state_shape(call.q(), v, call.cu_seqlens), options)
@@ -219,6 +242,8 @@ std::size_t member_index(const char* name) {
 
 CallTensors forward_cpu(Call call) {
   prepare(call);
+  const auto type = state_type(call);
+  for (auto& state : call.states) widen(state);
   CallTensors outputs = empty_outputs(call);
   with_real(call.v(), [&](auto real) {
     using Real = decltype(real);
@@ -232,6 +257,7 @@ CallTensors forward_cpu(Call call) {
     }
     forms_of<Real>(call).forward(params, parallel_executor());
   });
+  for (std::size_t i = 1; i < outputs.size(); ++i) outputs[i] = outputs[i].to(type);
   return outputs;
 }
 
@@ -244,7 +270,12 @@ CallTensors backward_cpu(BackwardCall source) {
   prepare(source.call);
   check_gradients(source);
   make_rows_adjacent(source.d_outputs[0]);
-  for (std::size_t i = 1; i < source.d_outputs.size(); ++i) make_contiguous(source.d_outputs[i]);
+  const auto type = state_type(source.call);
+  for (auto& state : source.call.states) widen(state);
+  for (std::size_t i = 1; i < source.d_outputs.size(); ++i) {
+    make_contiguous(source.d_outputs[i]);
+    widen(source.d_outputs[i]);
+  }
   CallTensors results = backward_meta(source.call);
   with_real(source.call.v(), [&](auto real) {
     using Real = decltype(real);
@@ -252,6 +283,11 @@ CallTensors backward_cpu(BackwardCall source) {
         .backward(params_of<Real>(source.call), gradients_of<Real>(source, results),
                   parallel_executor());
   });
+  for (std::size_t i = 0; i < state_count(source.call.spec()); ++i) {
+    if (!source.call.states[i].defined()) continue;
+    Tensor& gradient = results[source.call.inputs.size() + i];
+    gradient = gradient.to(type);
+  }
   return results;
 }
 
@@ -274,8 +310,8 @@ Tensor recurrent_cpu(Call call) {
     using Real = decltype(real);
     auto params = params_of<Real>(call);
     params.o = view(o);
-    params.final_state = mutable_data_or_null<Real>(call.states[0]);
-    params.final_momentum = mutable_data_or_null<Real>(call.states[1]);
+    aim(call.states[0], params.final_state, params.narrow_state);
+    aim(call.states[1], params.final_momentum, params.narrow_momentum);
     forms_of<Real>(call).recurrent(params, parallel_executor());
   });
   for (std::size_t i = 0; i < states.size(); ++i) {

@@ -30,6 +30,7 @@ constexpr std::int64_t kPiece = 1024;
 struct Learned {
   std::vector<at::Tensor> memories;  // [HV, K, V] of each layer
   at::Tensor head;                   // [D, vocabulary]
+  at::Tensor feed_forward;           // [2 · feed_forward_width, D], what is added to the weights
 };
 
 Learned learned_by(const Session& session, std::int64_t layers) {
@@ -44,6 +45,9 @@ Learned learned_by(const Session& session, std::int64_t layers) {
     learned.memories.push_back(find("layers." + std::to_string(layer) + ".memory.state"));
   }
   learned.head = find("head.state");
+  if (const auto found = tensors.find("end_to_end.delta"); found != tensors.end()) {
+    learned.feed_forward = found->second;
+  }
   return learned;
 }
 
@@ -59,11 +63,26 @@ Learned starts_of(const LanguageModelImpl& model) {
   return starts;
 }
 
+/// The inverses that keep a change away from what `guarded` is read with; undefined for none.
+struct Shields {
+  at::Tensor head;          // [D, D]
+  at::Tensor feed_forward;  // [D, D]
+};
+
+/// The nearest matrix of that rank (Eckart and Young 1936); 0: the matrix.
+at::Tensor cut_to_rank(const at::Tensor& matrix, std::int64_t rank) {
+  if (rank == 0 || rank >= std::min(matrix.size(0), matrix.size(1))) return matrix;
+  const auto [u, s, vh] = at::linalg_svd(matrix.to(at::kDouble), false);
+  const auto left = u.slice(1, 0, rank) * s.slice(0, 0, rank);
+  return at::matmul(left, vh.slice(0, 0, rank)).to(matrix.scalar_type());
+}
+
 /// A model with the same weights, whose memories start from matrices that can be set.
 class Candidate {
  public:
-  Candidate(const LanguageModelImpl& base, const ConsolidationOptions& options)
-      : starts_(starts_of(base)) {
+  /// @param feed_forward whether the last block's gate and up projection are to change too
+  Candidate(const LanguageModelImpl& base, const ConsolidationOptions& options, bool feed_forward)
+      : starts_(starts_of(base)), rank_(options.rank) {
     auto config = base.config();
     config.memory_initial_matrix |= config.memory && options.memory;
     config.fast_head_initial_matrix |= config.fast_head && options.head;
@@ -81,11 +100,13 @@ class Candidate {
       model_->blocks[n]->memory_enabled = base.blocks[n]->memory_enabled;
     }
     model_->eval();
+    if (!feed_forward) return;
+    const auto& layer = *base.blocks.back()->feed_forward;
+    starts_.feed_forward = at::cat({layer.gate->weight, layer.up->weight}).detach();
   }
 
-  /// Starts memories from their old matrices and shares of what was learned since; `shield`
-  /// [D, D] is applied to the change at the head.
-  void set(const Learned& learned, const ConsolidationTrial& trial, const at::Tensor& shield) {
+  /// Starts memories from their old matrices and shares of what was learned since.
+  void set(const Learned& learned, const ConsolidationTrial& trial, const Shields& shields) {
     for (std::size_t n = 0; n < model_->blocks.size(); ++n) {
       auto& memory = model_->blocks[n]->memory;
       if (memory.is_empty() || !memory->initial_matrix.defined()) continue;
@@ -93,37 +114,75 @@ class Candidate {
       const auto change = learned.memories[n] - start;
       memory->initial_matrix.set_data(start + change * trial.memory_share);
     }
-    if (!model_->head_initial_matrix.defined()) return;
-    auto change = (learned.head - starts_.head) * trial.head_share;
-    if (shield.defined()) change = at::matmul(shield.to(change.scalar_type()), change);
-    model_->head_initial_matrix.set_data(starts_.head + change);
+    if (model_->head_initial_matrix.defined()) {
+      auto change = (learned.head - starts_.head) * trial.head_share;
+      if (shields.head.defined()) {
+        change = at::matmul(shields.head.to(change.scalar_type()), change);
+      }
+      model_->head_initial_matrix.set_data(starts_.head + change);
+    }
+    if (starts_.feed_forward.defined()) set_feed_forward(learned, trial, shields.feed_forward);
   }
 
   const std::shared_ptr<LanguageModelImpl>& model() const { return model_; }
 
  private:
+  void set_feed_forward(const Learned& learned, const ConsolidationTrial& trial,
+                        const at::Tensor& shield) {
+    auto change = learned.feed_forward;
+    if (shield.defined()) change = at::matmul(change, shield.to(change.scalar_type()));
+    change = cut_to_rank(change, rank_) * trial.feed_forward_share;
+    const auto& start = starts_.feed_forward;
+    const auto sum = (start.to(change.scalar_type()) + change).to(start.scalar_type());
+    const auto halves = sum.chunk(2);
+    auto& layer = *model_->blocks.back()->feed_forward;
+    layer.gate->weight.set_data(halves[0].contiguous());
+    layer.up->weight.set_data(halves[1].contiguous());
+  }
+
   Learned starts_;
+  std::int64_t rank_;
   std::shared_ptr<LanguageModelImpl> model_;
 };
 
-/// The mean of ĥ ĥᵀ over a text, fp64 [D, D]: the directions that the head reads it with.
-at::Tensor directions_of(const LanguageModelImpl& model, std::string_view text) {
+/// The means of ĥ ĥᵀ over a text, fp64 [D, D]: the directions that it is read with by the head, and
+/// by the last block's feed-forward.
+struct Directions {
+  at::Tensor head;
+  at::Tensor feed_forward;
+};
+
+/// Σ ĥ ĥᵀ of some hidden states [1, N, D].
+at::Tensor sum_of_squares(const at::Tensor& hidden) {
+  const auto rows = hidden.squeeze(0).to(at::kDouble).cpu();
+  const auto unit = rows / rows.norm(2, -1, true).clamp_min(1e-12);
+  return at::matmul(unit.t(), unit);
+}
+
+Directions directions_of(const LanguageModelImpl& model, std::string_view text) {
   const auto width = model.config().width;
-  auto sum = at::zeros({width, width}, at::kDouble);
+  auto head = at::zeros({width, width}, at::kDouble);
+  auto feed_forward = at::zeros({width, width}, at::kDouble);
+  const auto& block = *model.blocks.back();
+  const auto last_feed_forward = [&](const at::Tensor& x) {
+    const auto h = block.feed_forward_norm->forward(x);
+    feed_forward += sum_of_squares(h);
+    return x + block.feed_forward->forward(h);
+  };
   auto state = model.initial_state(1);
   for (std::size_t done = 0; done < text.size(); done += kPiece) {
     const auto piece = io::ByteTokenizer().encode(text.substr(done, kPiece));
     const auto tokens = at::tensor(piece, at::kLong).unsqueeze(0);
     at::Tensor normed;
-    state = model
-                .forward(tokens.to(model.norm->weight.device()), state,
-                         {.logits = false, .hidden = &normed})
-                .state;
-    const auto hidden = normed.squeeze(0).to(at::kDouble).cpu();
-    const auto unit = hidden / hidden.norm(2, -1, true).clamp_min(1e-12);
-    sum += at::matmul(unit.t(), unit);
+    state =
+        model
+            .forward(tokens.to(model.norm->weight.device()), state,
+                     {.logits = false, .hidden = &normed, .last_feed_forward = last_feed_forward})
+            .state;
+    head += sum_of_squares(normed);
   }
-  return sum / static_cast<double>(text.size());
+  const auto count = static_cast<double>(text.size());
+  return {head / count, feed_forward / count};
 }
 
 /// (I + p·D·C)⁻¹, undefined for p = 0.
@@ -134,23 +193,41 @@ at::Tensor shield_of(const at::Tensor& directions, double protection) {
   return at::linalg_inv(at::eye(width, directions.options()) + scaled);
 }
 
-/// What is tried: the parts that the model has, by themselves and together.
+Shields shields_of(const Directions& directions, double protection) {
+  return {shield_of(directions.head, protection), shield_of(directions.feed_forward, protection)};
+}
+
+/// Shares of what was learned by the loss, at the head and in the feed-forward. Where both are
+/// there they have the same or one of them none: they learn much the same.
+std::vector<std::pair<double, double>> shares_of_both(bool head, bool feed_forward) {
+  std::vector<std::pair<double, double>> shares = {{0.0, 0.0}};
+  for (const double share : {0.5, 1.0}) {
+    if (head) shares.emplace_back(share, 0.0);
+    if (feed_forward) shares.emplace_back(0.0, share);
+    if (head && feed_forward) shares.emplace_back(share, share);
+  }
+  return shares;
+}
+
+/// What is tried: the parts that model and session have, by themselves and together.
 std::vector<ConsolidationTrial> plan(const LanguageModelImpl& model,
-                                     const ConsolidationOptions& options) {
+                                     const ConsolidationOptions& options, bool feed_forward) {
   const bool memory = model.config().memory && options.memory;
   const bool head = model.config().fast_head && options.head;
-  if (!memory && !head)
+  if (!memory && !head && !feed_forward)
     throw Error("consolidate: the model has no memory that is to be consolidated");
-  std::vector<double> head_shares = {0.0};
-  if (head) head_shares = {0.0, 0.5, 1.0};
   std::vector<double> protections = {0.0};
   if (!options.guarded.empty()) protections = {0.0, 1.0, 10.0};
   std::vector<ConsolidationTrial> trials;
   for (const double memory_share : memory ? std::vector{0.0, 1.0} : std::vector{0.0}) {
-    for (const double head_share : head_shares) {
+    for (const auto& [head_share, layer_share] : shares_of_both(head, feed_forward)) {
+      const double by_loss = head_share + layer_share;
       for (const double protection : protections) {
-        if (memory_share + head_share == 0 || (head_share == 0 && protection > 0)) continue;
-        trials.push_back({memory_share, head_share, protection, 0, 0});
+        if (memory_share + by_loss == 0 || (by_loss == 0 && protection > 0)) continue;
+        trials.push_back({.memory_share = memory_share,
+                          .head_share = head_share,
+                          .protection = protection,
+                          .feed_forward_share = layer_share});
       }
     }
   }
@@ -223,27 +300,31 @@ Consolidation consolidate(const Session& session, const ConsolidationOptions& op
     throw Error(
         fmt::format("consolidate: tolerance must be at least 0, got {}", options.tolerance));
   }
+  if (options.rank < 0) {
+    throw Error(fmt::format("consolidate: rank must be at least 0, got {}", options.rank));
+  }
   const at::NoGradGuard no_gradient;
   const Model base = session.model();
+  const bool feed_forward = options.feed_forward && session.options().end_to_end.has_value();
   Consolidation result;
-  result.trials = plan(*base, options);
+  result.trials = plan(*base, options, feed_forward);
   const TrialText on = trial_text(session, options);
   const auto layers = base->config().layers;
   const Learned tried = learned_by(on.learner ? *on.learner : session, layers);
   const auto directions =
-      options.guarded.empty() ? at::Tensor() : directions_of(*base, options.guarded);
-  Candidate candidate(*base, options);
+      options.guarded.empty() ? Directions() : directions_of(*base, options.guarded);
+  Candidate candidate(*base, options, feed_forward);
   measure(base, on.text, options.guarded, result.before);
   for (std::size_t i = 0; i < result.trials.size(); ++i) {
     report(progress, i, result.trials.size());
     auto& trial = result.trials[i];
-    candidate.set(tried, trial, shield_of(directions, trial.protection));
+    candidate.set(tried, trial, shields_of(directions, trial.protection));
     measure(candidate.model(), on.text, options.guarded, trial);
   }
   const auto* best = best_of(result, options);
   if (best == nullptr) refuse(result, options);
   result.chosen = *best;
-  candidate.set(learned_by(session, layers), *best, shield_of(directions, best->protection));
+  candidate.set(learned_by(session, layers), *best, shields_of(directions, best->protection));
   result.model = candidate.model();
   report(progress, result.trials.size(), result.trials.size());
   return result;

@@ -29,6 +29,7 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -264,8 +265,8 @@ enum class Range { kFeature, kReading, kWriting, kValue, kDecay, kStrength };
 template <class Real>
 struct Input {
   std::string_view name;
-  core::ConstView RuleParams<Real>::* view;
-  core::View RuleGradients<Real>::* gradient;
+  core::ConstView RuleParams<Real>::*view;
+  core::View RuleGradients<Real>::*gradient;
   Kind kind = Kind::kKey;
   Range range = Range::kFeature;
 };
@@ -487,6 +488,7 @@ class Call {
     if (root_mean_square(recurrent.o.values()) < kGrown * std::max(1.0, value_scale())) {
       check_backward(forward);
     }
+    if constexpr (std::is_same_v<Real, float>) check_narrow_states();
   }
 
  private:
@@ -597,6 +599,55 @@ class Call {
     form(p, draw_executor(choices_));
     expect(out.o.gaps_are_nan(), "what lies between the rows of o stays as it was");
     return out;
+  }
+
+  /// Runs the recurrent form in place on states in fp32 or, where `narrow`, in bf16. The states
+  /// begin with the numbers that bf16 has; afterwards `states` holds what they became.
+  Rows run_in_place(bool narrow, DType type, std::vector<double>& states) {
+    const std::size_t size = static_cast<std::size_t>(state_size()) * (rule_.momentum ? 2 : 1);
+    States<std::uint16_t> halves(static_cast<std::int64_t>(size), 0);
+    States<Real> wide(static_cast<std::int64_t>(size), 0);
+    for (std::size_t i = 0; i < size; ++i) {
+      const auto& initial =
+          i < static_cast<std::size_t>(state_size()) ? initial_state_ : initial_momentum_;
+      if (!initial) continue;
+      write(&halves.data[i], DType::kBFloat16,
+            static_cast<double>(initial->data[i % initial->size]));
+      wide.data[i] = static_cast<Real>(read(&halves.data[i], DType::kBFloat16));
+    }
+    Rows o(rows_of(Kind::kValue), shape_.V, type, true, choices_);
+    RuleParams<Real> p = params();
+    p.o = o.view();
+    p.initial_state = p.final_state = narrow ? nullptr : wide.data.get();
+    p.narrow_state = narrow ? halves.data.get() : nullptr;
+    if (rule_.momentum) {
+      p.initial_momentum = p.final_momentum = narrow ? nullptr : wide.data.get() + state_size();
+      p.narrow_momentum = narrow ? halves.data.get() + state_size() : nullptr;
+    }
+    rule_.forms.recurrent(p, draw_executor(choices_));
+    for (std::size_t i = 0; i < size; ++i) {
+      states.push_back(narrow ? read(&halves.data[i], DType::kBFloat16)
+                              : static_cast<double>(wide.data[i]));
+    }
+    return o;
+  }
+
+  /// States in bf16 are those in fp32, rounded once, to the nearest.
+  void check_narrow_states() {
+    const DType type = choices_.any_of(kTypes);
+    std::vector<double> narrow, wide;
+    const auto o = run_in_place(true, type, narrow).values();
+    const auto expected = run_in_place(false, type, wide).values();
+    const auto same = [](double x, double y) { return x == y || (std::isnan(x) && std::isnan(y)); };
+    expect(std::equal(o.begin(), o.end(), expected.begin(), expected.end(), same),
+           "a state in bf16 changes no bit of o");
+    const auto rounded = [&](double x, double y) {
+      if (same(x, y)) return true;
+      if (std::isinf(x)) return std::abs(y) > 0x1.fep127;  // beyond the largest, to nearest
+      return std::abs(x - y) <= std::abs(y) * 0x1p-8 + 0x1p-134;
+    };
+    expect(std::equal(narrow.begin(), narrow.end(), wide.begin(), wide.end(), rounded),
+           "a state in bf16 is rounded once, to the nearest");
   }
 
   void check_backward(const Outputs& out) {

@@ -79,6 +79,7 @@ TEST_CASE("values out of range are refused, by name") {
       {[](auto& c) { c.half_life_max = 1.0; }, "half_life_max must be from 4.0"},
       {[](auto& c) { c.half_life_min = HUGE_VAL; }, "half_life_min must be from"},
       {[](auto& c) { c.memory_dropout = 1.5; }, "memory_dropout must be from 0.0 to 1.0, got 1.5"},
+      {[](auto& c) { c.dropout = 1.0; }, "dropout must be from 0.0 to 0.99, got 1.0"},
       {[&](auto& c) { c.norm_epsilon = nan; }, "norm_epsilon must be from"},
       {[](auto& c) { c.attention = c.memory = false; }, "attention or memory must be true"}};
   for (const auto& bad : cases) {

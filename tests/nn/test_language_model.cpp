@@ -216,6 +216,51 @@ TEST_CASE("a dropped row trains as without its memory") {
   CHECK(error_ratio(with_memory, without) > 1e-2);
 }
 
+TEST_CASE("dropout is drawn in training only, from the generator that is given") {
+  auto config = small_config();
+  const auto plain = small_model(config);
+  config.dropout = 0.3;
+  const auto model = small_model(config);
+  const at::NoGradGuard no_grad;
+  const auto tokens = random_tokens(2, 50);
+  const auto read = [&](std::uint64_t seed) {
+    return model
+        ->forward(tokens, model->initial_state(2),
+                  {.generator = at::detail::createCPUGenerator(seed)})
+        .logits;
+  };
+  const auto one = read(1);
+  CHECK(read(1).equal(one));
+  CHECK_FALSE(read(2).equal(one));
+  model->eval();
+  const auto evaluated = model->forward(tokens, model->initial_state(2)).logits;
+  CHECK(evaluated.equal(plain->forward(tokens, plain->initial_state(2)).logits));
+  CHECK(error_ratio(one, evaluated) > 1e-2);
+}
+
+TEST_CASE("dropout keeps the mean of what it drops") {
+  auto config = small_config();
+  config.layers = 1;
+  config.dropout = 0.3;
+  const auto model = small_model(config);
+  const at::NoGradGuard no_grad;
+  // Without branches what is left is the embedding, before a norm that hides its length.
+  const auto& block = model->blocks[0];
+  block->mix_attention.zero_();
+  block->mix_memory.zero_();
+  block->feed_forward->down->weight.zero_();
+  block->feed_forward_norm->weight.fill_(1.0);
+  at::Tensor seen;
+  const auto tokens = at::zeros({1, 20000}, at::kLong);
+  model->forward(tokens, model->initial_state(1),
+                 {.generator = at::detail::createCPUGenerator(5),
+                  .last_feed_forward = [&](const at::Tensor& x) { return seen = x; }});
+  const auto share = (seen == 0).to(at::kFloat).mean().item<double>();
+  CHECK(std::abs(share - 0.3) < 0.01);
+  const auto embedding = model->embedding->weight[0];
+  CHECK(error_ratio(seen.mean(at::IntArrayRef{0, 1}), embedding) < 0.02);
+}
+
 TEST_CASE("write strengths reach every memory, row by row and token by token") {
   auto model = small_model();
   model->eval();

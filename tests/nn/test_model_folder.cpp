@@ -73,7 +73,12 @@ TEST_CASE("load_weights reads into a model that is being trained") {
   CHECK(other->embedding->weight.requires_grad());
   CHECK(other->embedding->weight.equal(model->embedding->weight));
   auto config = model->config();
-  config.memory_dropout = 0.5;
+  config.memory_dropout = config.dropout = 0.5;
+  config.fast_head = !config.fast_head;
+  LanguageModel dropping(config);
+  load_weights(folder.path(), *dropping);
+  CHECK(dropping->embedding->weight.equal(model->embedding->weight));
+  config.rope_base = 500.0;
   LanguageModel another(config);
   CHECK_THROWS_MATCHES(load_weights(folder.path(), *another), StateMismatch,
                        MessageMatches(ContainsSubstring("is not the configuration")));

@@ -283,7 +283,7 @@ TEST_CASE("misuse is refused with the tensor, what was expected and what came", 
   refuses(bad, "gated_delta_rule: g must be Float, got Double");
   bad = x;
   bad.state = x.state.to(at::kDouble);
-  refuses(bad, "gated_delta_rule: initial_state must be Float, got Double");
+  refuses(bad, "gated_delta_rule: initial_state must be Float or BFloat16, got Double");
   bad = x;
   bad.q = bad.k = at::ones({2, 6, 2, 300});
   refuses(bad, "gated_delta_rule: K must be from 1 to 256, got 300");

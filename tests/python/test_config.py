@@ -36,6 +36,7 @@ def test_json_round_trip() -> None:
         ({"beta_max": 2.5}, "beta_max must be .* to 2.0, got 2.5"),
         ({"half_life_max": 1.0}, "half_life_max must be from 4.0 .* got 1.0"),
         ({"memory_dropout": 1.5}, "memory_dropout must be .* got 1.5"),
+        ({"dropout": -0.5}, "dropout must be from 0.0 to 0.99, got -0.5"),
         ({"attention": False, "memory": False}, "attention or memory must be true"),
         ({"layers": 2.5}, "layers must be an integer, got 2.5"),
         ({"memory": "yes"}, 'memory must be true or false, got "yes"'),

@@ -81,6 +81,22 @@ def test_a_session_moves_to_another_model(model: LanguageModel, result: Consolid
     assert moved.score("river") != session.score("river")
 
 
+def test_what_was_learned_end_to_end_becomes_weights(model: LanguageModel) -> None:
+    session = Session(model, end_to_end=True)
+    session.read(chatter(4000, 1))
+    result = session.consolidate(chatter(1500, 2), memory=False, head=False, rank=8)
+    assert result.chosen.feed_forward_share > 0
+    assert Session(result.model).score(chatter(1500, 2)) == result.chosen.trial_bits
+    old, new = [m.get_submodule("blocks")[-1].feed_forward for m in (model, result.model)]
+    change = torch.cat([new.gate.weight - old.gate.weight, new.up.weight - old.up.weight])
+    assert torch.linalg.matrix_rank(change, rtol=1e-4) == 8
+    assert new.down.weight.data_ptr() == old.down.weight.data_ptr()
+    with pytest.raises(fastweights.Error, match="no memory"):
+        session.consolidate(chatter(1500, 2), memory=False, head=False, feed_forward=False)
+    with pytest.raises(fastweights.Error, match="rank must be at least 0, got -2"):
+        session.consolidate(chatter(1500, 2), rank=-2)
+
+
 def test_refusal_and_bad_options_are_errors(model: LanguageModel) -> None:
     session = Session(model)
     session.read(chatter(4000, 1))

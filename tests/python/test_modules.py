@@ -185,6 +185,32 @@ def test_memory_dropout_drops_whole_rows_in_training_only() -> None:
     assert 5 < is_kept.sum() < 35
 
 
+def test_dropout_is_drawn_in_training_only() -> None:
+    model, tokens = small_model(dropout=0.3), random_tokens(2, 20)
+    with torch.no_grad():
+        evaluated = logits_of(model, tokens)
+        native, _ = model.native().forward(tokens)
+        model.train()
+        torch.manual_seed(1)
+        one = logits_of(model, tokens)
+        other = logits_of(model, tokens)
+        torch.manual_seed(1)
+        assert torch.equal(logits_of(model, tokens), one)
+    assert_near("native", native, evaluated, 1e-6)
+    assert not torch.allclose(one, other)
+    assert not torch.allclose(one, evaluated)
+
+
+def test_dropout_keeps_the_mean_of_what_it_drops() -> None:
+    model, tokens = small_model(dropout=0.3, layers=1), torch.zeros(1, 20000, dtype=torch.int64)
+    seen: list[Tensor] = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model.train()(tokens)
+    assert abs((seen[0] == 0).float().mean().item() - 0.3) < 0.01
+    assert_near("mean", seen[0].mean((0, 1)), model.embedding.weight[0], 0.02)
+
+
 def test_hooks_on_projections_are_called() -> None:
     model = small_model()
     seen = []

@@ -29,8 +29,8 @@ CASES: list[tuple[str, Any, str]] = [
     ("initial_state", torch.zeros(2, 4, 3, 5), r"initial_state must be .* = \[2, 4, 3, 4\]"),
     (
         "initial_state",
-        torch.zeros(2, 4, 3, 4, dtype=torch.bfloat16),
-        "initial_state must be Float, got BFloat16",
+        torch.zeros(2, 4, 3, 4, dtype=torch.float16),
+        "initial_state must be Float or BFloat16, got Half",
     ),
     ("cu_seqlens", torch.tensor([0, 5]), r"cu_seqlens needs packed input with B = 1, got q"),
     ("cu_seqlens", torch.tensor([0, 5], dtype=torch.int32), "cu_seqlens must be Long, got Int"),
@@ -78,7 +78,7 @@ def test_state_of_the_recurrent_form() -> None:
     del tensors["initial_state"]
     with pytest.raises(fastweights.ShapeError, match=r"state must be .* = \[2, 4, 3, 4\]"):
         ops.gated_delta_rule_recurrent_(**tensors, state=torch.zeros(2, 4, 4, 3))
-    with pytest.raises(fastweights.ShapeError, match="state must be Float, got Double"):
+    with pytest.raises(fastweights.ShapeError, match="state must be Float or BFloat16, got Double"):
         ops.gated_delta_rule_recurrent_(
             **tensors, state=torch.zeros(2, 4, 3, 4, dtype=torch.float64)
         )

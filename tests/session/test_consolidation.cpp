@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <catch2/catch_approx.hpp>
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/matchers/catch_matchers_exception.hpp>
 #include <catch2/matchers/catch_matchers_string.hpp>
@@ -168,6 +169,101 @@ TEST_CASE("consolidation: a protected direction keeps its reads") {
   }
   const double before = result.before.guarded_bits;
   CHECK(std::abs(shielded - before) < std::abs(unprotected - before));
+}
+
+// ---- what was learned end to end ----------------------------------------------------------------
+
+Session end_to_end_reader(const Model& model, const std::string& text) {
+  Session session(model, {.end_to_end = EndToEndOptions{}});
+  session.read(text);
+  return session;
+}
+
+at::Tensor delta_of(const Session& session) {
+  for (const auto& [name, tensor] : session.state()) {
+    if (name == "end_to_end.delta") return tensor;
+  }
+  return {};
+}
+
+at::Tensor projections_of(const Model& model) {
+  const auto& layer = *model->blocks.back()->feed_forward;
+  return at::cat({layer.gate->weight, layer.up->weight}).detach();
+}
+
+TEST_CASE("consolidation: what was learned end to end becomes weights of the new model alone") {
+  const Model model = random_model();
+  const auto before = projections_of(model).clone();
+  const Session session = end_to_end_reader(model, chatter(4000, 1));
+  const std::string trial = chatter(1500, 2);
+  const Consolidation result = consolidate(session, {.trial = trial, .memory = false, .rank = 0});
+
+  CHECK(result.trials.size() == 2);
+  CHECK(result.chosen.trial_bits < result.before.trial_bits);
+  CHECK(result.chosen.feed_forward_share > 0);
+  CHECK(at::equal(projections_of(model), before));
+  const auto change = delta_of(session) * result.chosen.feed_forward_share;
+  CHECK(at::equal(projections_of(result.model), before + change));
+  CHECK(Session(result.model).score(trial) == result.chosen.trial_bits);
+  for (const auto& item : result.model->named_parameters()) {
+    const bool own = item.key().ends_with("gate.weight") || item.key().ends_with("up.weight");
+    const auto* old = model->named_parameters().find(item.key());
+    if (own || old == nullptr) continue;
+    CHECK(item.value().data_ptr() == old->data_ptr());
+  }
+  CHECK_THROWS_MATCHES(
+      consolidate(session, {.trial = trial, .memory = false, .feed_forward = false}), Error,
+      MessageMatches(ContainsSubstring("no memory")));
+  CHECK_THROWS_MATCHES(consolidate(session, {.trial = trial, .rank = -1}), Error,
+                       MessageMatches(ContainsSubstring("rank must be at least 0")));
+}
+
+TEST_CASE("consolidation: the change of the projections has the rank that was asked for") {
+  const Model model = random_model();
+  const auto before = projections_of(model).clone();
+  const Session session = end_to_end_reader(model, chatter(4000, 1));
+  for (const std::int64_t rank : {1, 5}) {
+    const Consolidation result =
+        consolidate(session, {.trial = chatter(1500, 2), .memory = false, .rank = rank});
+    const auto values = at::linalg_svdvals((projections_of(result.model) - before).to(at::kDouble));
+    const auto exact = at::linalg_svdvals(delta_of(session).to(at::kDouble));
+    CHECK(values[rank - 1].item<double>() ==
+          Catch::Approx(exact[rank - 1].item<double>() * result.chosen.feed_forward_share)
+              .epsilon(1e-4));
+    CHECK(values[rank].item<double>() < 1e-5 * values[0].item<double>());
+  }
+}
+
+TEST_CASE("consolidation: a guarded text's inputs hardly feel the change of the projections") {
+  const Model model = random_model();
+  const Session session = end_to_end_reader(model, chatter(4000, 1));
+  const std::string guarded(800, 'x');
+  const Consolidation result = consolidate(
+      session, {.trial = chatter(1500, 2), .guarded = guarded, .tolerance = 100, .memory = false});
+  CHECK(result.trials.size() == 6);
+  double unprotected = 0, shielded = 0;
+  for (const auto& trial : result.trials) {
+    if (trial.feed_forward_share != 1) continue;
+    if (trial.protection == 0) unprotected = trial.guarded_bits;
+    if (trial.protection == 10) shielded = trial.guarded_bits;
+  }
+  const double before = result.before.guarded_bits;
+  CHECK(std::abs(shielded - before) < 0.5 * std::abs(unprotected - before));
+}
+
+TEST_CASE("consolidation: head and feed-forward are tried apart and together") {
+  const Session session = end_to_end_reader(with_head(), chatter(4000, 1));
+  const Consolidation result = consolidate(session, {.trial = chatter(1500, 2)});
+  CHECK(result.trials.size() == 13);
+  const auto has = [&](double head, double layer) {
+    return std::ranges::any_of(result.trials, [&](const ConsolidationTrial& trial) {
+      return trial.head_share == head && trial.feed_forward_share == layer;
+    });
+  };
+  CHECK(has(1, 0));
+  CHECK(has(0, 1));
+  CHECK(has(0.5, 0.5));
+  CHECK_FALSE(has(0.5, 1));
 }
 
 TEST_CASE("consolidation: a model without memories has nothing to consolidate") {

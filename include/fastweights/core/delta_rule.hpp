@@ -23,7 +23,7 @@ void delta_rule(RuleParams<Real> params, const Executor& executor = serial_execu
   HWY_NAMESPACE::forward(params, executor);
 }
 
-/// The same token by token, with final_state, which must not be null, as the working state.
+/// The same token by token on the working state, final_state or narrow_state, which is not null.
 template <class Real>
 void delta_rule_recurrent(RuleParams<Real> params, const Executor& executor = serial_executor()) {
   params.g = {};

@@ -487,8 +487,9 @@ template <class Rule, class Real>
 void dplr_recurrent_head(const RuleParams<Real>& params, std::int64_t n, std::int64_t value_head) {
   const Shape& shape = params.shape;
   const Head head = head_of(params, n, value_head);
-  Real* state = working_state(params.initial_state, params.final_state,
-                              params.state_offset(n, value_head), shape);
+  const WorkingState<Real> working(params.initial_state, params.final_state, params.narrow_state,
+                                   params.state_offset(n, value_head), shape);
+  Real* state = working.data();
   alignas(64) Real rows[kTokenRows][kMaxHeadSize];
   alignas(64) Real v[kMaxHeadSize];
   alignas(64) Real out[kMaxHeadSize];
@@ -505,7 +506,7 @@ void dplr_recurrent_head(const RuleParams<Real>& params, std::int64_t n, std::in
   }
 }
 
-/// The recurrent form of `Rule`. `params.final_state` must not be null.
+/// The recurrent form of `Rule`. One of `final_state` and `narrow_state` must not be null.
 template <class Rule, class Real>
 void dplr_recurrent(const RuleParams<Real>& params, const Executor& executor) {
   executor.run(params.sequences() * params.shape.HV, [&](std::int64_t task) {

@@ -23,7 +23,7 @@ void gated_delta_rule(const RuleParams<Real>& params,
   HWY_NAMESPACE::forward(params, executor);
 }
 
-/// The same token by token, with final_state, which must not be null, as the working state.
+/// The same token by token on the working state, final_state or narrow_state, which is not null.
 template <class Real>
 void gated_delta_rule_recurrent(const RuleParams<Real>& params,
                                 const Executor& executor = serial_executor()) {

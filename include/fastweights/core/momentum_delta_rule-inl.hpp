@@ -328,8 +328,12 @@ void momentum_recurrent_head(const RuleParams<Real>& params, std::int64_t n,
   const Shape& shape = params.shape;
   const Head head = head_of(params, n, value_head);
   const std::int64_t offset = params.state_offset(n, value_head);
-  Real* state = working_state(params.initial_state, params.final_state, offset, shape);
-  Real* momentum = working_state(params.initial_momentum, params.final_momentum, offset, shape);
+  const WorkingState<Real> first(params.initial_state, params.final_state, params.narrow_state,
+                                 offset, shape);
+  const WorkingState<Real> second(params.initial_momentum, params.final_momentum,
+                                  params.narrow_momentum, offset, shape);
+  Real* state = first.data();
+  Real* momentum = second.data();
   alignas(64) Real q[kMaxHeadSize], k[kMaxHeadSize], p[kMaxHeadSize];
   alignas(64) Real v[kMaxHeadSize], out[kMaxHeadSize];
   for (std::int64_t i = 0; i < head.sequence.length; ++i) {
@@ -345,7 +349,7 @@ void momentum_recurrent_head(const RuleParams<Real>& params, std::int64_t n,
   }
 }
 
-/// The recurrent form; neither `params.final_state` nor `params.final_momentum` may be null.
+/// The recurrent form; neither state may be null, be it in `Real` or narrow.
 template <class Real>
 void momentum_recurrent(const RuleParams<Real>& params, const Executor& executor) {
   executor.run(params.sequences() * params.shape.HV, [&](std::int64_t task) {

@@ -333,6 +333,37 @@ Real* working_state(const Real* initial, Real* working, std::int64_t offset, con
   return state;
 }
 
+/// One head's state as the recurrent form works on it: its place in `final`, or a copy of one in
+/// bf16, which goes back rounded when the head is done.
+template <class Real>
+class WorkingState {
+ public:
+  WorkingState(const Real* initial, Real* final, std::uint16_t* narrow, std::int64_t offset,
+               const Shape& shape)
+      : narrow_(narrow != nullptr ? narrow + offset : nullptr),
+        copy_(static_cast<std::size_t>(narrow != nullptr ? shape.K * shape.V : 0)) {
+    if (narrow_ != nullptr) {
+      load_row(narrow_, DType::kBFloat16, shape.K * shape.V, copy_.data());
+      state_ = copy_.data();
+    } else {
+      state_ = working_state(initial, final, offset, shape);
+    }
+  }
+  WorkingState(const WorkingState&) = delete;
+  WorkingState& operator=(const WorkingState&) = delete;
+  ~WorkingState() {
+    if (narrow_ == nullptr) return;
+    store_row(copy_.data(), static_cast<std::int64_t>(copy_.size()), narrow_, DType::kBFloat16);
+  }
+
+  Real* data() const { return state_; }
+
+ private:
+  std::uint16_t* narrow_;
+  AlignedBuffer<Real> copy_;
+  Real* state_;
+};
+
 // ---- products of a chunk's rows
 // ------------------------------------------------------------------
 

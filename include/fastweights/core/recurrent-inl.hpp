@@ -36,23 +36,56 @@ struct Token {
   Real qk;  // q · k
 };
 
+/// A vector of a state, which lies in `Real` or in bf16.
+template <class D>
+HWY_INLINE hn::Vec<D> load_stored(D d, const hn::TFromD<D>* state) {
+  return hn::LoadU(d, state);
+}
+
+template <class D>
+HWY_INLINE hn::Vec<D> load_stored(D d, const std::uint16_t* state) {
+  const hn::Rebind<std::uint16_t, D> narrow;
+  const hn::Rebind<std::uint32_t, D> wide;
+  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(wide, hn::LoadU(narrow, state))));
+}
+
+template <class D>
+HWY_INLINE void store_stored(hn::Vec<D> row, D d, hn::TFromD<D>* state) {
+  hn::StoreU(row, d, state);
+}
+
+/// Rounds as `narrow_to_bfloat16` does.
+template <class D>
+HWY_INLINE void store_stored(hn::Vec<D> row, D d, std::uint16_t* state) {
+  const hn::Rebind<std::uint16_t, D> narrow;
+  const hn::Rebind<std::uint32_t, D> wide;
+  const hn::Rebind<std::int32_t, D> whole;
+  const auto bits = hn::BitCast(wide, row);
+  const auto cut = hn::ShiftRight<16>(bits);
+  const auto odd = hn::And(cut, hn::Set(wide, 1u));
+  const auto rounded = hn::ShiftRight<16>(hn::Add(hn::Add(bits, hn::Set(wide, 0x7fffu)), odd));
+  const auto is_number = hn::RebindMask(wide, hn::Eq(row, row));
+  const auto result = hn::IfThenElse(is_number, rounded, hn::Or(cut, hn::Set(wide, 0x40u)));
+  hn::StoreU(hn::DemoteTo(narrow, hn::BitCast(whole, result)), narrow, state);
+}
+
 /// One token on `kVectors` vectors of columns: the reads and the write cross the state once each.
-template <int kVectors, class D, class Real>
+template <int kVectors, class D, class Real, class Stored>
 HWY_INLINE void step_columns(D d, const Token<Real>& token, std::int64_t keys, std::int64_t values,
-                             const Real* HWY_RESTRICT v, Real* HWY_RESTRICT state,
+                             const Real* HWY_RESTRICT v, Stored* HWY_RESTRICT state,
                              Real* HWY_RESTRICT out) {
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
   hn::Vec<D> read_k[kVectors];
   hn::Vec<D> read_q[kVectors];
 #pragma GCC unroll 8
   for (int j = 0; j < kVectors; ++j) read_k[j] = read_q[j] = hn::Zero(d);
-  const Real* row = state;
+  const Stored* row = state;
   for (std::int64_t r = 0; r < keys; ++r, row += values) {
     const auto k = hn::Set(d, token.k[r]);
     const auto q = hn::Set(d, token.q[r]);
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
-      const auto s = hn::LoadU(d, row + j * lanes);
+      const auto s = load_stored(d, row + j * lanes);
       read_k[j] = hn::MulAdd(k, s, read_k[j]);
       read_q[j] = hn::MulAdd(q, s, read_q[j]);
     }
@@ -67,21 +100,21 @@ HWY_INLINE void step_columns(D d, const Token<Real>& token, std::int64_t keys, s
     hn::StoreU(hn::MulAdd(hn::Set(d, token.qk), write[j], read), d, out + j * lanes);
   }
   // From the end: the last rows read are still in the nearest cache.
-  Real* target = state + (keys - 1) * values;
+  Stored* target = state + (keys - 1) * values;
   for (std::int64_t r = keys - 1; r >= 0; --r, target -= values) {
     const auto k = hn::Set(d, token.k[r]);
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
-      const auto s = hn::Mul(decay, hn::LoadU(d, target + j * lanes));
-      hn::StoreU(hn::MulAdd(k, write[j], s), d, target + j * lanes);
+      const auto s = hn::Mul(decay, load_stored(d, target + j * lanes));
+      store_stored(hn::MulAdd(k, write[j], s), d, target + j * lanes);
     }
   }
 }
 
 /// One token on all columns of one head's state.
-template <class Real>
+template <class Real, class Stored>
 void step_token(const Token<Real>& token, std::int64_t keys, std::int64_t values, const Real* v,
-                Real* state, Real* out) {
+                Stored* state, Real* out) {
   const Tag<Real> d;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
   std::int64_t column = 0;
@@ -230,9 +263,9 @@ void walk_in_place(const RuleParams<Real>& params, const Head& head, Real* state
   }
 }
 
-/// Walks one head's sequence token by token.
-template <class Real>
-void walk_tokens(const RuleParams<Real>& params, const Head& head, Real* state) {
+/// Walks one head's sequence token by token; a state in bf16 is rounded after each.
+template <class Real, class Stored>
+void walk_tokens(const RuleParams<Real>& params, const Head& head, Stored* state) {
   const Shape& shape = params.shape;
   alignas(64) Real k[kMaxHeadSize];
   alignas(64) Real q[kMaxHeadSize];
@@ -251,20 +284,27 @@ void walk_tokens(const RuleParams<Real>& params, const Head& head, Real* state) 
   }
 }
 
-/// One head's sequence, with its state at `params.final_state`.
+/// One head's sequence, on its state in place.
 template <class Real>
 void recurrent_head(const RuleParams<Real>& params, std::int64_t n, std::int64_t value_head) {
   const Head head = head_of(params, n, value_head);
-  Real* state = working_state(params.initial_state, params.final_state,
-                              params.state_offset(n, value_head), params.shape);
+  const std::int64_t offset = params.state_offset(n, value_head);
+  if constexpr (std::is_same_v<Real, float>) {
+    // One token crosses a narrow state as it lies: a copy would cross the caches twice more.
+    if (params.narrow_state != nullptr && head.sequence.length == 1) {
+      return walk_tokens(params, head, params.narrow_state + offset);
+    }
+  }
+  const WorkingState<Real> state(params.initial_state, params.final_state, params.narrow_state,
+                                 offset, params.shape);
   if (head.sequence.length > 1 && params.shape.V % kPanel<Real> == 0) {
-    walk_in_place(params, head, state);
+    walk_in_place(params, head, state.data());
   } else {
-    walk_tokens(params, head, state);
+    walk_tokens(params, head, state.data());
   }
 }
 
-/// The recurrent form over all heads. `params.final_state` must not be null.
+/// The recurrent form over all heads. One of `final_state` and `narrow_state` must not be null.
 template <class Real>
 void recurrent(const RuleParams<Real>& params, const Executor& executor) {
   const std::int64_t heads = params.sequences() * params.shape.HV;

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include "fastweights/core/executor.hpp"
 #include "fastweights/core/params.hpp"
 #include "fastweights/core/view.hpp"
@@ -30,6 +32,12 @@ struct RuleParams : Packing {
   Real* final_state = nullptr;     // [N, HV, K, V], null if not wanted; may equal initial_state
   Real* final_momentum = nullptr;  // the same
   View o;                          // [B, T, HV, V]; overlaps no input
+
+  // Recurrent forms of float only: states in bf16, in the place of final_state and final_momentum
+  // (which are null then, as the initial ones). Widened for the call, and rounded to nearest even
+  // at its end.
+  std::uint16_t* narrow_state = nullptr;     // [N, HV, K, V]
+  std::uint16_t* narrow_momentum = nullptr;  // the same
 };
 
 /// Gradients of a loss with respect to everything that the forward call read; null where the rule
@@ -53,8 +61,8 @@ struct RuleGradients {
   Real* d_initial_momentum = nullptr;  // the same
 };
 
-/// The three forms of a rule: chunkwise, recurrent (token by token, with final_state, which must
-/// not be null, as the working state), and the gradients of the first.
+/// The three forms of a rule: chunkwise, recurrent (token by token, with final_state as the working
+/// state, which must not be null unless narrow_state is there), and the gradients of the first.
 template <class Real>
 struct RuleForms {
   void (*forward)(const RuleParams<Real>& params, const Executor& executor);

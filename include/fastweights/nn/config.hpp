@@ -39,6 +39,7 @@ struct LanguageModelConfig {
   bool fast_head_initial_matrix = false;  ///< it starts from a learned matrix, not from zero
 
   bool tie_embeddings = true;  ///< the output layer is the embedding's transpose
+  double dropout = 0.0;        ///< share of embeddings and branches' outputs missing in training
   double norm_epsilon = 1e-6;
   double initializer_range = 0.02;  ///< standard deviation of the weights when training starts
 

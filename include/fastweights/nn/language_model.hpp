@@ -25,6 +25,8 @@ struct ForwardOptions {
       false;  ///< logits [B, 1, vocabulary] of the last token ([B, 0, ...] if T = 0)
   at::Tensor memory_keep = {};  ///< [B, 1, 1], 0 where the row's memories are left out; undefined:
                                 ///< drawn in training as `memory_dropout` says, else all are there
+  /// In training `dropout` is drawn from it; without one, from PyTorch's own.
+  std::optional<at::Generator> generator = {};
   /// fp32 [B, T], each in [0, 2]: how strongly each token is learned, see WriteStrength; undefined:
   /// all 1. Values are not checked. Differentiable, but where a β is limited.
   at::Tensor write_strength = {};

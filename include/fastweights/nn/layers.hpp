@@ -5,6 +5,7 @@
 #include <torch/nn/pimpl.h>
 
 #include <functional>
+#include <optional>
 
 #include "fastweights/nn/config.hpp"
 #include "fastweights/nn/state.hpp"
@@ -127,6 +128,8 @@ class BlockImpl : public torch::nn::Cloneable<BlockImpl> {
         {};  ///< [B, 1, 1], 0 where the row's memory is dropped; may be undefined
     WriteStrength write = {};
     MemoryRule rule = {};  ///< runs in place of the memory's own; empty: that
+    /// In training `dropout` is drawn from it; without one, from PyTorch's own.
+    std::optional<at::Generator> generator = {};
     /// Runs in place of `x + feed_forward(feed_forward_norm(x))`; null: that.
     const std::function<at::Tensor(const at::Tensor& x)>* feed_forward = nullptr;
   };

@@ -26,7 +26,8 @@ std::shared_ptr<const nn::LanguageModelImpl> load_model(const std::filesystem::p
                                                         const ConfigChange& change = {});
 
 /// Reads the weights of a model folder into `model`, which may be one that is being trained.
-/// @throws StateMismatch also if the folder's configuration is not the model's
+/// @throws StateMismatch also if the folder's configuration is not the model's, but for keys that
+///         mean nothing to the weights: dropout, and a fast head without an initial matrix
 void load_weights(const std::filesystem::path& folder, nn::LanguageModelImpl& model);
 
 /// Writes a model folder; creates it if needed. Each file is replaced atomically.

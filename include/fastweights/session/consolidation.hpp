@@ -23,6 +23,10 @@ struct ConsolidationOptions {
   double tolerance = 0.01;
   bool memory = true;  ///< consolidate the matrices in the blocks
   bool head = true;    ///< and the one at the head, where the model has one
+  /// And what the session learned end to end, as a change of this rank of the gate and the up
+  /// projection of the last block's feed-forward; 0: of full rank.
+  bool feed_forward = true;
+  std::int64_t rank = 64;
 };
 
 /// One way of consolidating, and what it cost. Shares are those of what the session learned that
@@ -30,10 +34,14 @@ struct ConsolidationOptions {
 struct ConsolidationTrial {
   double memory_share = 0;
   double head_share = 0;
-  /// How strongly what the head reads in `guarded` is left as it was; 0: not at all.
+  /// How strongly what the head and the feed-forward read in `guarded` is left as it was; 0: not at
+  /// all.
   double protection = 0;
   double trial_bits = 0;    ///< bits per byte of `trial`
   double guarded_bits = 0;  ///< bits per byte of `guarded`; 0 if there is none
+  double feed_forward_share = 0;
+
+  bool operator==(const ConsolidationTrial&) const = default;
 };
 
 /// A model that knows what a session learned, and the figures that speak for it.
@@ -45,13 +53,16 @@ struct Consolidation {
 };
 
 /// A new model whose memories start from what the session learned. The session and its model stay
-/// as they are; the new model shares the weights, which do not change, and contains what the
-/// session read, as far as its matrices hold it.
+/// as they are; the new model shares the weights, which do not change (but for the two projections
+/// of a session that learned end to end, of which it has its own), and contains what the session
+/// read, as far as its matrices hold it.
 ///
 /// The delta rule has solved already for the matrix that best maps the keys of the text to its
 /// values; that matrix, or a share of it, is what memories then start from. At the head the change
 /// ΔF is first kept away from what `guarded` is read with: with C the mean of ĥ ĥᵀ over `guarded`
 /// and a protection p, ΔF' = (I + p·D·C)⁻¹ ΔF, the minimiser of ‖ΔF' − ΔF‖² + p·D·mean‖ΔF'ᵀĥ‖².
+/// What was learned end to end, ΔW, is kept away in the same way from the inputs of its layer, then
+/// cut to `rank` by its singular values.
 /// Several shares and protections are tried; the best on `trial` that keeps within the tolerance on
 /// `guarded` is taken.
 ///

@@ -39,6 +39,7 @@ class Block(nn.Module):
             self.mix_memory = nn.Parameter(torch.ones(width))
         self.feed_forward_norm = RMSNorm(width, config.norm_epsilon)
         self.feed_forward = SwiGLU(config)
+        self.dropout = config.dropout
 
     def initial_state(self, batch: int) -> BlockState:
         return BlockState(
@@ -66,7 +67,10 @@ class Block(nn.Module):
             write_strength: fp32 [B, T], how strongly each token is learned (1 without it).
         """
         mixed, state = self._mix(x, state, position, in_place, memory_keep, write_strength)
-        return mixed + self.feed_forward(self.feed_forward_norm(mixed)), state
+        return mixed + self._drop(self.feed_forward(self.feed_forward_norm(mixed))), state
+
+    def _drop(self, o: Tensor) -> Tensor:
+        return nn.functional.dropout(o, self.dropout, self.training)
 
     def _mix(
         self,
@@ -81,9 +85,10 @@ class Block(nn.Module):
         memory, attention = state
         if self.attention is not None and self.attention_enabled:
             o, attention = self.attention(normed, attention, position, in_place)
-            x = torch.addcmul(x, self.mix_attention, o)
+            x = torch.addcmul(x, self.mix_attention, self._drop(o))
         if self.memory is not None and self.memory_enabled:
             o, memory = self.memory(normed, memory, in_place, write_strength)
             mix: Tensor = self.mix_memory
-            x = torch.addcmul(x, mix if memory_keep is None else mix * memory_keep, o)
+            scale = mix if memory_keep is None else mix * memory_keep
+            x = torch.addcmul(x, scale, self._drop(o))
         return x, BlockState(memory, attention)

@@ -40,6 +40,7 @@ class LanguageModelConfig:
         fast_head_half_life: in tokens; 0: nothing is forgotten.
         fast_head_initial_matrix: whether it starts from a learned matrix, not from zero.
         tie_embeddings: whether the output layer is the embedding's transpose.
+        dropout: share of the embeddings' and branches' outputs that is missing in training.
         norm_epsilon: of every norm.
         initializer_range: standard deviation of the weights when training starts.
     """
@@ -70,6 +71,7 @@ class LanguageModelConfig:
     fast_head_half_life: float = 0.0
     fast_head_initial_matrix: bool = False
     tie_embeddings: bool = True
+    dropout: float = 0.0
     norm_epsilon: float = 1e-6
     initializer_range: float = 0.02
 

@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
                 f"{list(memory_keep.shape)}"
             )
         _check_write_strength(tokens, write_strength)
-        x = self.embedding(tokens)
+        x = nn.functional.dropout(self.embedding(tokens), self.config.dropout, self.training)
         blocks = []
         for block, before in zip(self._blocks(), state.blocks, strict=True):
             x, after = block(x, before, state.position, in_place, memory_keep, write_strength)

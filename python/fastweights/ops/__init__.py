@@ -3,7 +3,8 @@
 Layouts are those of flash-linear-attention: ``q``, ``k``: [B, T, H, K]; ``v`` and the output:
 [B, T, HV, V] with HV a multiple of H (value head j reads key head j // (HV / H)); ``beta`` and
 ``g``: [B, T, HV]; states: [B, HV, K, V]. q, k and v share one of bf16, fp16, fp32 and fp64; beta
-and g have that type or fp32; the state is fp32 (fp64 with fp64 inputs).
+and g have that type or fp32; the state is fp32 (fp64 with fp64 inputs), or bf16 where it is given
+so: it is widened for the call and rounded at its end, and the final state is bf16 too.
 
 The same operators are registered as ``torch.ops.fastweights.*``. Called from here they raise the
 errors of `fastweights.errors`; called as ``torch.ops``, PyTorch makes each a RuntimeError.
