@@ -36,6 +36,7 @@ from record import Record, save_record
 RESULT = ROOT / "benchmarks" / "results" / "accuracy_narrow_states.json"
 RULES = ("delta_rule", "gated_delta_rule", "kda", "rwkv7", "momentum_delta_rule")
 REGIMES = ("ordinary", "gate -1e-6")
+GATHERING = ("linear_attention", "gate 0")  # nothing is overwritten, nothing decays
 SIZES = Sizes(tokens=10_000, value_heads=1, key_size=64, value_size=64)
 MARKS = (10, 100, 1_000, 10_000)
 WINDOW = 10  # tokens before a mark whose outputs are compared there
@@ -90,7 +91,11 @@ def row(rule: str, regime: Regime, piece: int) -> Row:
 
 def rows() -> Iterator[Row]:
     """Every rule and regime, by tokens of a call."""
-    wanted = [(r, regime) for r, regime in calls() if r in RULES and regime.name in REGIMES]
+    wanted = [
+        (rule, regime)
+        for rule, regime in calls()
+        if (rule in RULES and regime.name in REGIMES) or (rule, regime.name) == GATHERING
+    ]
     for rule, regime in tqdm(wanted, desc="states in bf16"):
         for piece in PIECES:
             with torch.no_grad():
