@@ -218,9 +218,9 @@ TEST_CASE("a dropped row trains as without its memory") {
 
 TEST_CASE("dropout is drawn in training only, from the generator that is given") {
   auto config = small_config();
-  const auto plain = small_model(config);
+  auto plain = small_model(config);
   config.dropout = 0.3;
-  const auto model = small_model(config);
+  auto model = small_model(config);
   const at::NoGradGuard no_grad;
   const auto tokens = random_tokens(2, 50);
   const auto read = [&](std::uint64_t seed) {
@@ -242,7 +242,7 @@ TEST_CASE("dropout keeps the mean of what it drops") {
   auto config = small_config();
   config.layers = 1;
   config.dropout = 0.3;
-  const auto model = small_model(config);
+  auto model = small_model(config);
   const at::NoGradGuard no_grad;
   // Without branches what is left is the embedding, before a norm that hides its length.
   const auto& block = model->blocks[0];
