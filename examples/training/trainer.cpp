@@ -95,7 +95,9 @@ const typename Map::mapped_type& required(const Map& map, const std::string& key
 /// Of its own for each part of each step: which worker comes first decides nothing, and a resumed
 /// run draws what an uninterrupted one would.
 at::Generator dropout_generator(std::uint64_t seed, int64_t step, int64_t part) {
-  std::seed_seq sequence{seed, static_cast<std::uint64_t>(step), static_cast<std::uint64_t>(part)};
+  // A seed_seq takes 32 bits of each.
+  std::seed_seq sequence{seed, seed >> 32, static_cast<std::uint64_t>(step),
+                         static_cast<std::uint64_t>(part)};
   std::array<std::uint32_t, 2> words{};
   sequence.generate(words.begin(), words.end());
   return at::detail::createCPUGenerator(std::uint64_t{words[0]} << 32 | words[1]);

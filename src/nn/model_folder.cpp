@@ -32,11 +32,16 @@ nn::LanguageModelConfig read_config(const fs::path& folder) {
   }
 }
 
-/// Without the keys that mean nothing to the weights: how training drops, and a head that has none.
+/// Without the keys that mean nothing to trained weights: where training starts, how it drops, and
+/// a head that has none.
 nn::LanguageModelConfig of_weights(nn::LanguageModelConfig config) {
-  config.dropout = config.memory_dropout = 0.0;
-  if (config.fast_head_initial_matrix) return config;
   const nn::LanguageModelConfig defaults;
+  config.dropout = defaults.dropout;
+  config.memory_dropout = defaults.memory_dropout;
+  config.half_life_min = defaults.half_life_min;
+  config.half_life_max = defaults.half_life_max;
+  config.initializer_range = defaults.initializer_range;
+  if (config.fast_head_initial_matrix) return config;
   config.fast_head = defaults.fast_head;
   config.fast_head_eta = defaults.fast_head_eta;
   config.fast_head_half_life = defaults.fast_head_half_life;

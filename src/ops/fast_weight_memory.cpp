@@ -157,13 +157,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fast_weight_memory(
   const std::vector<c10::SymInt> state_shape{batch, params.value_heads,
                                              query.sym_size(2) / params.heads,
                                              value.sym_size(2) / params.value_heads};
+  const auto compute = detail::compute_type(query);
   const auto past = zeros_unless_given(convolution_state, convolution_shape, query);
   const auto memory = zeros_unless_given(state, state_shape, query);
   detail::check_shape(kOp, "conv", past, "[B, W - 1, 2 * H * K + HV * V]", convolution_shape);
   detail::check_shape(kOp, "state", memory, "[B, HV, K, V]", state_shape);
+  detail::check_that(memory.scalar_type() == compute, kOp,
+                     std::string("state must be ") + c10::toString(compute) + ", got " +
+                         c10::toString(memory.scalar_type()));
 
   const auto heads = convolve(query, key, value, convolution_weight, past, params);
-  const auto compute = detail::compute_type(query);
   auto rate = at::sigmoid(beta.to(compute)) * params.beta_max;
   auto g = gated ? gates(decay, a_log, dt_bias, beta) : at::Tensor();
   if (write.strength.defined()) {

@@ -63,26 +63,12 @@ Learned starts_of(const LanguageModelImpl& model) {
   return starts;
 }
 
-/// The inverses that keep a change away from what `guarded` is read with; undefined for none.
-struct Shields {
-  at::Tensor head;          // [D, D]
-  at::Tensor feed_forward;  // [D, D]
-};
-
-/// The nearest matrix of that rank (Eckart and Young 1936); 0: the matrix.
-at::Tensor cut_to_rank(const at::Tensor& matrix, std::int64_t rank) {
-  if (rank == 0 || rank >= std::min(matrix.size(0), matrix.size(1))) return matrix;
-  const auto [u, s, vh] = at::linalg_svd(matrix.to(at::kDouble), false);
-  const auto left = u.slice(1, 0, rank) * s.slice(0, 0, rank);
-  return at::matmul(left, vh.slice(0, 0, rank)).to(matrix.scalar_type());
-}
-
 /// A model with the same weights, whose memories start from matrices that can be set.
 class Candidate {
  public:
   /// @param feed_forward whether the last block's gate and up projection are to change too
   Candidate(const LanguageModelImpl& base, const ConsolidationOptions& options, bool feed_forward)
-      : starts_(starts_of(base)), rank_(options.rank) {
+      : starts_(starts_of(base)) {
     auto config = base.config();
     config.memory_initial_matrix |= config.memory && options.memory;
     config.fast_head_initial_matrix |= config.fast_head && options.head;
@@ -105,43 +91,32 @@ class Candidate {
     starts_.feed_forward = at::cat({layer.gate->weight, layer.up->weight}).detach();
   }
 
-  /// Starts memories from their old matrices and shares of what was learned since.
-  void set(const Learned& learned, const ConsolidationTrial& trial, const Shields& shields) {
+  /// Starts memories from their old matrices and shares of the changes; the same for projections.
+  void set(const Learned& changes, const ConsolidationTrial& trial) {
     for (std::size_t n = 0; n < model_->blocks.size(); ++n) {
       auto& memory = model_->blocks[n]->memory;
       if (memory.is_empty() || !memory->initial_matrix.defined()) continue;
-      const auto& start = starts_.memories[n];
-      const auto change = learned.memories[n] - start;
-      memory->initial_matrix.set_data(start + change * trial.memory_share);
+      memory->initial_matrix.set_data(starts_.memories[n] +
+                                      changes.memories[n] * trial.memory_share);
     }
     if (model_->head_initial_matrix.defined()) {
-      auto change = (learned.head - starts_.head) * trial.head_share;
-      if (shields.head.defined()) {
-        change = at::matmul(shields.head.to(change.scalar_type()), change);
-      }
-      model_->head_initial_matrix.set_data(starts_.head + change);
+      model_->head_initial_matrix.set_data(starts_.head + changes.head * trial.head_share);
     }
-    if (starts_.feed_forward.defined()) set_feed_forward(learned, trial, shields.feed_forward);
-  }
-
-  const std::shared_ptr<LanguageModelImpl>& model() const { return model_; }
-
- private:
-  void set_feed_forward(const Learned& learned, const ConsolidationTrial& trial,
-                        const at::Tensor& shield) {
-    auto change = learned.feed_forward;
-    if (shield.defined()) change = at::matmul(change, shield.to(change.scalar_type()));
-    change = cut_to_rank(change, rank_) * trial.feed_forward_share;
+    if (!starts_.feed_forward.defined()) return;
     const auto& start = starts_.feed_forward;
+    const auto change = changes.feed_forward * trial.feed_forward_share;
     const auto sum = (start.to(change.scalar_type()) + change).to(start.scalar_type());
     const auto halves = sum.chunk(2);
     auto& layer = *model_->blocks.back()->feed_forward;
-    layer.gate->weight.set_data(halves[0].contiguous());
-    layer.up->weight.set_data(halves[1].contiguous());
+    layer.gate->weight.set_data(halves[0].clone());
+    layer.up->weight.set_data(halves[1].clone());
   }
 
+  const Learned& starts() const { return starts_; }
+  const std::shared_ptr<LanguageModelImpl>& model() const { return model_; }
+
+ private:
   Learned starts_;
-  std::int64_t rank_;
   std::shared_ptr<LanguageModelImpl> model_;
 };
 
@@ -193,8 +168,37 @@ at::Tensor shield_of(const at::Tensor& directions, double protection) {
   return at::linalg_inv(at::eye(width, directions.options()) + scaled);
 }
 
-Shields shields_of(const Directions& directions, double protection) {
-  return {shield_of(directions.head, protection), shield_of(directions.feed_forward, protection)};
+/// The nearest matrix of that rank (Eckart and Young 1936); 0: the matrix.
+at::Tensor cut_to_rank(const at::Tensor& matrix, std::int64_t rank) {
+  if (rank == 0 || rank >= std::min(matrix.size(0), matrix.size(1))) return matrix;
+  const auto [u, s, vh] = at::linalg_svd(matrix.to(at::kDouble), false);
+  const auto left = u.slice(1, 0, rank) * s.slice(0, 0, rank);
+  return at::matmul(left, vh.slice(0, 0, rank)).to(matrix.scalar_type());
+}
+
+/// What was learned since memories and projections started, kept away from the directions of
+/// `guarded` that strongly, the change of projections cut to its rank.
+Learned changes_of(const Learned& learned, const Learned& starts, const Directions& directions,
+                   double protection, std::int64_t rank) {
+  Learned changes;
+  for (std::size_t n = 0; n < starts.memories.size(); ++n) {
+    const auto& start = starts.memories[n];
+    changes.memories.push_back(start.defined() ? learned.memories[n] - start : start);
+  }
+  if (starts.head.defined()) {
+    changes.head = learned.head - starts.head;
+    if (const auto shield = shield_of(directions.head, protection); shield.defined()) {
+      changes.head = at::matmul(shield.to(changes.head.scalar_type()), changes.head);
+    }
+  }
+  if (starts.feed_forward.defined()) {
+    auto change = learned.feed_forward;
+    if (const auto shield = shield_of(directions.feed_forward, protection); shield.defined()) {
+      change = at::matmul(change, shield.to(change.scalar_type()));
+    }
+    changes.feed_forward = cut_to_rank(change, rank);
+  }
+  return changes;
 }
 
 /// Shares of what was learned by the loss, at the head and in the feed-forward. Where both are
@@ -315,16 +319,23 @@ Consolidation consolidate(const Session& session, const ConsolidationOptions& op
       options.guarded.empty() ? Directions() : directions_of(*base, options.guarded);
   Candidate candidate(*base, options, feed_forward);
   measure(base, on.text, options.guarded, result.before);
+  std::map<double, std::optional<Learned>> by_protection;
   for (std::size_t i = 0; i < result.trials.size(); ++i) {
     report(progress, i, result.trials.size());
     auto& trial = result.trials[i];
-    candidate.set(tried, trial, shields_of(directions, trial.protection));
+    auto& changes = by_protection[trial.protection];
+    if (!changes) {
+      changes = changes_of(tried, candidate.starts(), directions, trial.protection, options.rank);
+    }
+    candidate.set(*changes, trial);
     measure(candidate.model(), on.text, options.guarded, trial);
   }
   const auto* best = best_of(result, options);
   if (best == nullptr) refuse(result, options);
   result.chosen = *best;
-  candidate.set(learned_by(session, layers), *best, shields_of(directions, best->protection));
+  candidate.set(changes_of(learned_by(session, layers), candidate.starts(), directions,
+                           best->protection, options.rank),
+                *best);
   result.model = candidate.model();
   report(progress, result.trials.size(), result.trials.size());
   return result;

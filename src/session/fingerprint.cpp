@@ -51,13 +51,14 @@ class Hasher {
 };
 
 /// The keys of a configuration that are not what they are by default: a key that a later version
-/// adds changes no fingerprint.
+/// adds changes no fingerprint. Dropout means nothing to a session.
 std::string changed_keys(const nn::LanguageModelConfig& config) {
   auto changed = nlohmann::json::parse(config.to_json());
   const auto defaults = nlohmann::json::parse(nn::LanguageModelConfig{}.to_json());
   for (const auto& [key, value] : defaults.items()) {
     if (changed.at(key) == value) changed.erase(key);
   }
+  changed.erase("dropout");
   return changed.dump();
 }
 

@@ -265,8 +265,8 @@ enum class Range { kFeature, kReading, kWriting, kValue, kDecay, kStrength };
 template <class Real>
 struct Input {
   std::string_view name;
-  core::ConstView RuleParams<Real>::*view;
-  core::View RuleGradients<Real>::*gradient;
+  core::ConstView RuleParams<Real>::* view;
+  core::View RuleGradients<Real>::* gradient;
   Kind kind = Kind::kKey;
   Range range = Range::kFeature;
 };

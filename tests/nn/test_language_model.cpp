@@ -261,6 +261,33 @@ TEST_CASE("dropout keeps the mean of what it drops") {
   CHECK(error_ratio(seen.mean(at::IntArrayRef{0, 1}), embedding) < 0.02);
 }
 
+TEST_CASE("dropout reaches what each branch adds") {
+  const int branch = GENERATE(0, 1, 2);
+  auto config = small_config();
+  config.dropout = 0.3;
+  auto model = small_model(config);
+  const at::NoGradGuard no_grad;
+  auto& block = model->blocks[0];
+  if (branch != 0) block->mix_attention.zero_();
+  if (branch != 1) block->mix_memory.zero_();
+  if (branch != 2) block->feed_forward->down->weight.zero_();
+  const auto x = at::randn({2, 300, config.width});
+  const auto state = block->initial_state(2);
+  const auto position = at::zeros({2}, at::kLong);
+  const auto added = [&] {
+    return block->forward(x, state, position, {.generator = at::detail::createCPUGenerator(3)}).x -
+           x;
+  };
+  const auto dropped = added();
+  block->eval();
+  const auto all = added();
+  const auto gone = (dropped == 0).logical_and(all != 0);
+  const auto share = gone.sum().item<double>() / (all != 0).sum().item<double>();
+  CAPTURE(branch);
+  CHECK(std::abs(share - 0.3) < 0.02);
+  CHECK(error_ratio(dropped * 0.7, all.masked_fill(gone, 0)) < 1e-4);
+}
+
 TEST_CASE("write strengths reach every memory, row by row and token by token") {
   auto model = small_model();
   model->eval();

@@ -74,6 +74,8 @@ TEST_CASE("load_weights reads into a model that is being trained") {
   CHECK(other->embedding->weight.equal(model->embedding->weight));
   auto config = model->config();
   config.memory_dropout = config.dropout = 0.5;
+  config.initializer_range = 0.01;
+  config.half_life_max = 100.0;
   config.fast_head = !config.fast_head;
   LanguageModel dropping(config);
   load_weights(folder.path(), *dropping);

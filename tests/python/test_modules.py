@@ -211,6 +211,25 @@ def test_dropout_keeps_the_mean_of_what_it_drops() -> None:
     assert_near("mean", seen[0].mean((0, 1)), model.embedding.weight[0], 0.02)
 
 
+@pytest.mark.parametrize("branch", ["mix_attention", "mix_memory", "feed_forward.down.weight"])
+def test_dropout_reaches_what_each_branch_adds(branch: str) -> None:
+    torch.manual_seed(0)
+    model = small_model(dropout=0.3)
+    block, x, position = model.blocks[0], torch.randn(2, 300, model.config.width), torch.zeros(2)
+    added = []
+    with torch.no_grad():
+        for other in ("mix_attention", "mix_memory", "feed_forward.down.weight"):
+            if other != branch:
+                block.get_parameter(other).zero_()
+        for training in (True, False):
+            y, _ = block.train(training)(x, block.initial_state(2), position.long())
+            added.append(y - x)
+    dropped, all_of_it = added
+    gone = (dropped == 0) & (all_of_it != 0)
+    assert abs(gone.sum() / (all_of_it != 0).sum() - 0.3) < 0.02
+    assert_near("what is left", 0.7 * dropped, all_of_it.masked_fill(gone, 0.0), 1e-4)
+
+
 def test_hooks_on_projections_are_called() -> None:
     model = small_model()
     seen = []

@@ -8,17 +8,19 @@ import torch
 from cases import Case, make_inputs
 from comparison import assert_near
 from family import NAMES, WRITES, FamilyCase, Tensors
+from small_models import small_model
 from torch import Tensor
 
 import fastweights
 from fastweights import ops
+from fastweights.nn import LanguageModelState
 
 RULES = ("delta_rule", "gated_delta_rule", *NAMES)
 PACKED = torch.tensor([0, 3, 3, 20, 65])
 
 
 def make(rule: str, **settings: Any) -> Tensors:
-    """A call's tensors by name; states in bf16, with numbers that round both ways and a NaN."""
+    """A call's tensors by name; states in bf16."""
     if rule in NAMES:
         tensors = family.make(FamilyCase(rule, Case(gate="mixed", **settings)))
     else:
@@ -44,7 +46,6 @@ def call_recurrent(rule: str, tensors: Tensors) -> tuple[Tensor, tuple[Tensor, .
     states = tuple(x.clone() for name, x in tensors.items() if name.startswith("initial"))
     function = getattr(ops, rule + "_recurrent_")
     if rule not in NAMES:
-        inputs = [x for name, x in tensors.items() if name != "initial_state"]
         order = ["q", "k", "v", "beta"] if rule == "delta_rule" else ["q", "k", "v", "g", "beta"]
         inputs = [tensors[name] for name in order]
         return function(*inputs, *states), states
@@ -149,3 +150,14 @@ def test_opcheck(rule: str) -> None:
             x.requires_grad_()
     options["output_final_state"] = True
     torch.library.opcheck(getattr(torch.ops.fastweights, rule).default, (*positional,), options)
+
+
+def test_models_keep_their_states_in_fp32() -> None:
+    model = small_model()
+    tokens = torch.zeros(1, 5, dtype=torch.int64)
+    tensors = model.initial_state(1).tensors()
+    narrow = {n: x.bfloat16() if n.endswith("memory.state") else x for n, x in tensors.items()}
+    state = LanguageModelState.from_tensors(narrow)
+    message = "fast_weight_memory: state must be Float, got BFloat16"
+    with pytest.raises(fastweights.ShapeError, match=message):
+        model(tokens, state)

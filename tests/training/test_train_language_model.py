@@ -129,9 +129,7 @@ class TrainLanguageModel(unittest.TestCase):
         self.check_resumed_run("--set", "memory_dropout=0.2", threads=1)
 
     def test_resumed_run_is_exact_with_two_workers(self) -> None:
-        self.check_resumed_run(
-            "--set", "memory_dropout=0.2", "--set", "dropout=0.2", threads=2
-        )
+        self.check_resumed_run("--set", "memory_dropout=0.2", "--set", "dropout=0.2", threads=2)
 
     def test_checkpoint_survives_divergence(self) -> None:
         first = self.run_program(self.command("run", steps=5))

@@ -422,10 +422,10 @@ void dplr_forward(const RuleParams<Real>& params, const Executor& executor) {
 // ---- recurrent ---------------------------------------------------------------------------------
 
 /// One token on `kVectors` vectors of columns, in place.
-template <Correction kCorrection, int kVectors, class D, class Real>
+template <Correction kCorrection, int kVectors, class D, class Real, class Stored>
 HWY_INLINE void step_dplr_columns(D d, const TokenRows<Real>& x, std::int64_t keys,
                                   std::int64_t values, const Real* HWY_RESTRICT v,
-                                  Real* HWY_RESTRICT state, Real* HWY_RESTRICT out) {
+                                  Stored* HWY_RESTRICT state, Real* HWY_RESTRICT out) {
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
   hn::Vec<D> read[kVectors], write[kVectors], output[kVectors];
 #pragma GCC unroll 4
@@ -434,12 +434,12 @@ HWY_INLINE void step_dplr_columns(D d, const TokenRows<Real>& x, std::int64_t ke
     write[j] = hn::LoadU(d, v + j * lanes);
   }
   if constexpr (kCorrection != Correction::kNone) {
-    const Real* row = state;
+    const Stored* row = state;
     for (std::int64_t r = 0; r < keys; ++r, row += values) {
       const auto a = hn::Set(d, x.a[r]);
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
-        read[j] = hn::MulAdd(a, hn::LoadU(d, row + j * lanes), read[j]);
+        read[j] = hn::MulAdd(a, load_stored(d, row + j * lanes), read[j]);
       }
     }
   }
@@ -447,20 +447,20 @@ HWY_INLINE void step_dplr_columns(D d, const TokenRows<Real>& x, std::int64_t ke
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) write[j] = hn::Sub(write[j], read[j]);
   }
-  Real* row = state;
+  Stored* row = state;
   for (std::int64_t r = 0; r < keys; ++r, row += values) {
     const auto decay = hn::Set(d, x.decay[r]);
     const auto k = hn::Set(d, x.k[r]);
     const auto q = hn::Set(d, x.q[r]);
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      auto s = hn::Mul(decay, hn::LoadU(d, row + j * lanes));
+      auto s = hn::Mul(decay, load_stored(d, row + j * lanes));
       s = hn::MulAdd(k, write[j], s);
       if constexpr (kCorrection == Correction::kGeneral) {
         s = hn::MulAdd(hn::Set(d, x.b[r]), read[j], s);
       }
       output[j] = hn::MulAdd(q, s, output[j]);
-      hn::StoreU(s, d, row + j * lanes);
+      store_stored(s, d, row + j * lanes);
     }
   }
 #pragma GCC unroll 4
@@ -483,13 +483,10 @@ HWY_INLINE void for_each_column_block(std::int64_t values, const Body& body) {
   for (; column < values; ++column) body(one, std::integral_constant<int, 1>(), column);
 }
 
-template <class Rule, class Real>
-void dplr_recurrent_head(const RuleParams<Real>& params, std::int64_t n, std::int64_t value_head) {
+/// Walks one head's sequence token by token; a state in bf16 is rounded after each.
+template <class Rule, class Real, class Stored>
+void walk_dplr_tokens(const RuleParams<Real>& params, const Head& head, Stored* state) {
   const Shape& shape = params.shape;
-  const Head head = head_of(params, n, value_head);
-  const WorkingState<Real> working(params.initial_state, params.final_state, params.narrow_state,
-                                   params.state_offset(n, value_head), shape);
-  Real* state = working.data();
   alignas(64) Real rows[kTokenRows][kMaxHeadSize];
   alignas(64) Real v[kMaxHeadSize];
   alignas(64) Real out[kMaxHeadSize];
@@ -497,13 +494,28 @@ void dplr_recurrent_head(const RuleParams<Real>& params, std::int64_t n, std::in
   for (std::int64_t i = 0; i < head.sequence.length; ++i) {
     const std::int64_t t = head.sequence.begin + i;
     Rule::load(params, head, t, x);
-    load_row<Real>(params.v.at(head.sequence.batch, t, value_head), params.v.dtype, shape.V, v);
+    load_row<Real>(params.v.at(head.sequence.batch, t, head.value_head), params.v.dtype, shape.V,
+                   v);
     for_each_column_block<Real>(shape.V, [&](auto d, auto vectors, std::int64_t c) HWY_ATTR {
       step_dplr_columns<Rule::kCorrection, decltype(vectors)::value>(d, x, shape.K, shape.V, v + c,
                                                                      state + c, out + c);
     });
-    store_row(out, shape.V, params.o.at(head.sequence.batch, t, value_head), params.o.dtype);
+    store_row(out, shape.V, params.o.at(head.sequence.batch, t, head.value_head), params.o.dtype);
   }
+}
+
+template <class Rule, class Real>
+void dplr_recurrent_head(const RuleParams<Real>& params, std::int64_t n, std::int64_t value_head) {
+  const Head head = head_of(params, n, value_head);
+  const std::int64_t offset = params.state_offset(n, value_head);
+  if constexpr (std::is_same_v<Real, float>) {
+    if (params.narrow_state != nullptr && head.sequence.length == 1) {
+      return walk_dplr_tokens<Rule>(params, head, params.narrow_state + offset);
+    }
+  }
+  const WorkingState<Real> state(params.initial_state, params.final_state, params.narrow_state,
+                                 offset, params.shape);
+  walk_dplr_tokens<Rule>(params, head, state.data());
 }
 
 /// The recurrent form of `Rule`. One of `final_state` and `narrow_state` must not be null.

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "fastweights/core/token_backward-inl.hpp"
@@ -281,11 +282,11 @@ void momentum_forward(const RuleParams<Real>& params, const Executor& executor) 
 // ---- recurrent ---------------------------------------------------------------------------------
 
 /// One token on `kVectors` vectors of columns, in place.
-template <int kVectors, class D, class Real>
+template <int kVectors, class D, class Real, class Stored>
 HWY_INLINE void step_momentum_columns(D d, const Real* q, const Real* k, const Real* p,
                                       const MomentumGates<Real>& gates, std::int64_t keys,
-                                      std::int64_t values, const Real* v, Real* state,
-                                      Real* momentum, Real* out) {
+                                      std::int64_t values, const Real* v, Stored* state,
+                                      Stored* momentum, Real* out) {
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
   hn::Vec<D> write[kVectors], output[kVectors];
 #pragma GCC unroll 4
@@ -297,7 +298,7 @@ HWY_INLINE void step_momentum_columns(D d, const Real* q, const Real* k, const R
     const auto x = hn::Set(d, p[r]);
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      write[j] = hn::NegMulAdd(x, hn::LoadU(d, state + r * values + j * lanes), write[j]);
+      write[j] = hn::NegMulAdd(x, load_stored(d, state + r * values + j * lanes), write[j]);
     }
   }
 #pragma GCC unroll 4
@@ -311,42 +312,54 @@ HWY_INLINE void step_momentum_columns(D d, const Real* q, const Real* k, const R
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
       const std::int64_t at = r * values + j * lanes;
-      const auto m = hn::MulAdd(x, write[j], hn::Mul(mu, hn::LoadU(d, momentum + at)));
-      const auto s = hn::MulAdd(beta, m, hn::Mul(decay, hn::LoadU(d, state + at)));
+      const auto m = hn::MulAdd(x, write[j], hn::Mul(mu, load_stored(d, momentum + at)));
+      const auto s = hn::MulAdd(beta, m, hn::Mul(decay, load_stored(d, state + at)));
       output[j] = hn::MulAdd(query, s, output[j]);
-      hn::StoreU(m, d, momentum + at);
-      hn::StoreU(s, d, state + at);
+      store_stored(m, d, momentum + at);
+      store_stored(s, d, state + at);
     }
   }
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) hn::StoreU(output[j], d, out + j * lanes);
 }
 
-template <class Real>
-void momentum_recurrent_head(const RuleParams<Real>& params, std::int64_t n,
-                             std::int64_t value_head) {
+/// Walks one head's sequence token by token; states in bf16 are rounded after each.
+template <class Real, class Stored>
+void walk_momentum_tokens(const RuleParams<Real>& params, const Head& head, Stored* state,
+                          Stored* momentum) {
   const Shape& shape = params.shape;
-  const Head head = head_of(params, n, value_head);
-  const std::int64_t offset = params.state_offset(n, value_head);
-  const WorkingState<Real> first(params.initial_state, params.final_state, params.narrow_state,
-                                 offset, shape);
-  const WorkingState<Real> second(params.initial_momentum, params.final_momentum,
-                                  params.narrow_momentum, offset, shape);
-  Real* state = first.data();
-  Real* momentum = second.data();
   alignas(64) Real q[kMaxHeadSize], k[kMaxHeadSize], p[kMaxHeadSize];
   alignas(64) Real v[kMaxHeadSize], out[kMaxHeadSize];
   for (std::int64_t i = 0; i < head.sequence.length; ++i) {
     const std::int64_t t = head.sequence.begin + i;
     load_momentum_rows(params, head, t, q, k, p);
     const auto gates = load_momentum_gates(params, head, t);
-    load_row<Real>(params.v.at(head.sequence.batch, t, value_head), params.v.dtype, shape.V, v);
+    load_row<Real>(params.v.at(head.sequence.batch, t, head.value_head), params.v.dtype, shape.V,
+                   v);
     for_each_column_block<Real>(shape.V, [&](auto d, auto vectors, std::int64_t c) HWY_ATTR {
       step_momentum_columns<decltype(vectors)::value>(d, q, k, p, gates, shape.K, shape.V, v + c,
                                                       state + c, momentum + c, out + c);
     });
-    store_row(out, shape.V, params.o.at(head.sequence.batch, t, value_head), params.o.dtype);
+    store_row(out, shape.V, params.o.at(head.sequence.batch, t, head.value_head), params.o.dtype);
   }
+}
+
+template <class Real>
+void momentum_recurrent_head(const RuleParams<Real>& params, std::int64_t n,
+                             std::int64_t value_head) {
+  const Head head = head_of(params, n, value_head);
+  const std::int64_t offset = params.state_offset(n, value_head);
+  if constexpr (std::is_same_v<Real, float>) {
+    if (params.narrow_state != nullptr && head.sequence.length == 1) {
+      return walk_momentum_tokens(params, head, params.narrow_state + offset,
+                                  params.narrow_momentum + offset);
+    }
+  }
+  const WorkingState<Real> state(params.initial_state, params.final_state, params.narrow_state,
+                                 offset, params.shape);
+  const WorkingState<Real> momentum(params.initial_momentum, params.final_momentum,
+                                    params.narrow_momentum, offset, params.shape);
+  walk_momentum_tokens(params, head, state.data(), momentum.data());
 }
 
 /// The recurrent form; neither state may be null, be it in `Real` or narrow.

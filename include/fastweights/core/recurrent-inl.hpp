@@ -36,39 +36,6 @@ struct Token {
   Real qk;  // q · k
 };
 
-/// A vector of a state, which lies in `Real` or in bf16.
-template <class D>
-HWY_INLINE hn::Vec<D> load_stored(D d, const hn::TFromD<D>* state) {
-  return hn::LoadU(d, state);
-}
-
-template <class D>
-HWY_INLINE hn::Vec<D> load_stored(D d, const std::uint16_t* state) {
-  const hn::Rebind<std::uint16_t, D> narrow;
-  const hn::Rebind<std::uint32_t, D> wide;
-  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(wide, hn::LoadU(narrow, state))));
-}
-
-template <class D>
-HWY_INLINE void store_stored(hn::Vec<D> row, D d, hn::TFromD<D>* state) {
-  hn::StoreU(row, d, state);
-}
-
-/// Rounds as `narrow_to_bfloat16` does.
-template <class D>
-HWY_INLINE void store_stored(hn::Vec<D> row, D d, std::uint16_t* state) {
-  const hn::Rebind<std::uint16_t, D> narrow;
-  const hn::Rebind<std::uint32_t, D> wide;
-  const hn::Rebind<std::int32_t, D> whole;
-  const auto bits = hn::BitCast(wide, row);
-  const auto cut = hn::ShiftRight<16>(bits);
-  const auto odd = hn::And(cut, hn::Set(wide, 1u));
-  const auto rounded = hn::ShiftRight<16>(hn::Add(hn::Add(bits, hn::Set(wide, 0x7fffu)), odd));
-  const auto is_number = hn::RebindMask(wide, hn::Eq(row, row));
-  const auto result = hn::IfThenElse(is_number, rounded, hn::Or(cut, hn::Set(wide, 0x40u)));
-  hn::StoreU(hn::DemoteTo(narrow, hn::BitCast(whole, result)), narrow, state);
-}
-
 /// One token on `kVectors` vectors of columns: the reads and the write cross the state once each.
 template <int kVectors, class D, class Real, class Stored>
 HWY_INLINE void step_columns(D d, const Token<Real>& token, std::int64_t keys, std::int64_t values,

@@ -27,7 +27,8 @@ std::shared_ptr<const nn::LanguageModelImpl> load_model(const std::filesystem::p
 
 /// Reads the weights of a model folder into `model`, which may be one that is being trained.
 /// @throws StateMismatch also if the folder's configuration is not the model's, but for keys that
-///         mean nothing to the weights: dropout, and a fast head without an initial matrix
+///         mean nothing to trained weights: where training starts, how it drops, and a fast head
+///         without an initial matrix
 void load_weights(const std::filesystem::path& folder, nn::LanguageModelImpl& model);
 
 /// Writes a model folder; creates it if needed. Each file is replaced atomically.
