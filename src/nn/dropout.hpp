@@ -7,7 +7,8 @@
 namespace fastweights::nn {
 
 /// x with each element 0 at that probability, and the others divided by the rest, so that means
-/// stay, but for the rounding of x's type (Srivastava et al. 2014). Drawn from `generator`, without one from PyTorch's own.
+/// stay, but for the rounding of x's type (Srivastava et al. 2014). Drawn from `generator`, without
+/// one from PyTorch's own.
 inline at::Tensor drop_elements(const at::Tensor& x, double probability,
                                 const std::optional<at::Generator>& generator) {
   if (probability == 0.0) return x;
