@@ -193,12 +193,12 @@ std::string recipe(const Options& options, const std::string& texts_digest) {
 std::vector<std::string> changed_settings(const std::string& checkpoint, const std::string& now) {
   json before = json::parse(checkpoint, nullptr, /*allow_exceptions=*/false);
   const json after = json::parse(now);
-  if (before.is_object() && before.contains("model")) {
+  if (!before.is_object()) throw fastweights::StateMismatch("checkpoint: its recipe is not JSON");
+  if (before.contains("model")) {
     // A key that the configuration did not have yet is at its default.
     const auto model = fastweights::nn::LanguageModelConfig::from_json(before["model"].dump());
     before["model"] = json::parse(model.to_json());
   }
-  if (!before.is_object()) throw fastweights::StateMismatch("checkpoint: its recipe is not JSON");
   std::vector<std::string> changes;
   for (const auto& [key, value] : after.items()) {
     const json old = before.value(key, json());

@@ -45,9 +45,7 @@ Learned learned_by(const Session& session, std::int64_t layers) {
     learned.memories.push_back(find("layers." + std::to_string(layer) + ".memory.state"));
   }
   learned.head = find("head.state");
-  if (const auto found = tensors.find("end_to_end.delta"); found != tensors.end()) {
-    learned.feed_forward = found->second;
-  }
+  learned.feed_forward = find("end_to_end.delta");
   return learned;
 }
 
